@@ -1,0 +1,9 @@
+"""The package's numerical operations: a plain torch reference each, and faster backends behind one choice."""
+
+from sensilora.ops._backend import use_backend
+from sensilora.ops.autocorrelation_diag import autocorrelation_diag
+from sensilora.ops.diagonal_metrics import DiagonalMetrics, diagonal_metrics
+from sensilora.ops.fisher_diag import fisher_diag
+from sensilora.ops.lora_linear import lora_linear
+
+__all__ = ["DiagonalMetrics", "autocorrelation_diag", "diagonal_metrics", "fisher_diag", "lora_linear", "use_backend"]

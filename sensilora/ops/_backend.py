@@ -1,0 +1,148 @@
+"""The one place that picks a backend for an op.
+
+Three backends: ``triton``; ``native`` (C++ on CPU tensors, CUDA on CUDA tensors: torch's dispatcher separates
+them); ``torch`` (the plain reference, which serves everything). CUDA tensors take the first that can serve of
+triton, native, torch; CPU tensors of native, torch. Triton serves CPU tensors only when asked for by name and
+only under its interpreter (``TRITON_INTERPRET=1``).
+
+A backend asked for by `use_backend` or ``SENSILORA_BACKEND`` either serves the call or raises `BackendError`
+with the reason. An error inside a kernel is never turned into a fallback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sensilora.errors import BackendError
+
+BACKENDS = ("triton", "native", "torch")
+_ORDER = {"cuda": ("triton", "native", "torch"), "cpu": ("native", "torch")}
+
+FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's code for one op, and the dtypes of the main input that it serves."""
+
+    call: Callable[..., Any]
+    dtypes: frozenset[torch.dtype] = FLOATS
+
+
+_table: dict[str, dict[str, Implementation]] = {}
+
+# Process-wide, not per thread: autograd runs a CUDA backward on threads of its own, which must see the same choice.
+_forced: list[str] = []
+
+
+def register(op: str, **implementations: Implementation) -> None:
+    """Enter an op's implementations, by backend name, into the table. ``torch`` must be among them."""
+    _table[op] = implementations
+
+
+def registered_ops() -> list[str]:
+    """Names of the ops in the table, in registration order."""
+    return list(_table)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make every sensilora op use one backend inside the ``with`` block, in all threads.
+
+    Args:
+        name: ``"triton"``, ``"native"`` or ``"torch"``.
+
+    Raises:
+        BackendError: the name is none of the three; and, at each op called inside the block that the backend
+            cannot serve, with the reason.
+    """
+    _forced.append(_checked(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"{where} got {name!r}; choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The backend asked for by `use_backend` (innermost) or ``SENSILORA_BACKEND``, or None."""
+    if _forced:
+        return _forced[-1]
+    name = os.environ.get("SENSILORA_BACKEND")
+    return _checked(name, "SENSILORA_BACKEND") if name else None
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    """The implementation that serves `op` on tensors of this device type and dtype.
+
+    Raises:
+        BackendError: a backend was asked for and cannot serve this call.
+    """
+    forced = forced_backend()
+    if forced is not None:
+        reason = why_not(op, forced, device.type, dtype)
+        if reason is not None:
+            raise BackendError(f"backend {forced!r} was asked for but cannot serve {op} on {device.type}: {reason}")
+        return _table[op][forced].call
+    for name in _ORDER.get(device.type, ("torch",)):
+        if why_not(op, name, device.type, dtype) is None:
+            return _table[op][name].call
+    raise BackendError(f"no backend serves {op} on {device.type} tensors of {dtype}")
+
+
+def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve `op` on such tensors, as a clause; None if it can."""
+    implementation = _table[op].get(backend)
+    if implementation is None:
+        return f"{op} has no {backend} implementation"
+    reason = None
+    if backend == "triton":
+        reason = _why_not_triton(device_type, dtype)
+    elif backend == "native":
+        reason = _why_not_native(op, device_type)
+    if reason is None and dtype not in implementation.dtypes:
+        reason = f"it takes {', '.join(sorted(str(d) for d in implementation.dtypes))}, not {dtype}"
+    return reason
+
+
+def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cuda":
+        return None
+    if device_type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton needs a CUDA device, or its interpreter (set TRITON_INTERPRET=1 before starting python)"
+    if dtype == torch.bfloat16:
+        return "triton's interpreter computes bfloat16 wrongly"
+    return None
+
+
+@functools.lru_cache
+def _why_not_native(op: str, device_type: str) -> str | None:
+    if importlib.util.find_spec("sensilora._C") is None:
+        return "the native extension is not built (pip install --no-build-isolation -e . builds it)"
+    # Imported here because loading a library is a side effect that `import sensilora` should not have; a broken one
+    # raises its own error, which must not look like a missing one.
+    importlib.import_module("sensilora._C")
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"sensilora_C::{op}", key):
+        return f"the native extension holds no {device_type.upper()} kernel for {op}"
+    return None
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: fp64 for fp64 inputs, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,166 @@
+"""Diagonal of the Fisher information of a linear layer's weight, from the layer's inputs and output gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from sensilora.ops import _backend
+from sensilora.ops._backend import Implementation, accumulator_dtype
+
+MODES = ("per_sequence", "per_position")
+
+
+def fisher_diag(
+    x: Tensor,
+    grad_output: Tensor,
+    *,
+    mode: str = "per_sequence",
+    lengths: Tensor | list[int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Sum over sequences of the squared gradient of a linear layer's weight.
+
+    With X_n (T_n, in) a sequence's layer inputs and G_n (T_n, out) the gradient of that sequence's *own*
+    sum-reduced loss at the layer's output:
+
+    - ``per_sequence``: Σ_n (G_nᵀ X_n)², squared after the sum over positions;
+    - ``per_position``: Σ_n (G_n∘G_n)ᵀ (X_n∘X_n), which drops the terms between positions.
+
+    The Fisher diagonal of Sensitivity-LoRA's metrics is this sum divided by the number of sequences
+    (squares and sums in fp32 at least: squares of fp16 gradients underflow).
+
+    Args:
+        x: (N, T, in_features), or packed sequences (tokens, in_features); fp64, fp32, bf16 or fp16.
+        grad_output: like `x` with out_features last.
+        mode: ``"per_sequence"`` or ``"per_position"``.
+        lengths: (N,) integers. Packed input: the sequences' lengths in order, summing to tokens (without it, one
+            sequence). Padded input: how many leading positions of each row count (without it, all).
+            Best kept on the CPU: a CUDA tensor costs a synchronisation.
+        out: fp32 or fp64, (out_features, in_features). The result is *added* to it. Not differentiable.
+
+    Returns:
+        (out_features, in_features), fp64 if the inputs are fp64, else fp32; or `out`.
+        Differentiable in `x` and `grad_output`.
+
+    Raises:
+        ValueError: a shape, dtype, mode or the lengths do not fit.
+        BackendError: a backend was asked for that cannot serve.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    if x.dim() not in (2, 3) or x.shape[:-1] != grad_output.shape[:-1]:
+        raise ValueError(
+            "x and grad_output must be (N, T, features) or (tokens, features) and agree in all but the last size, "
+            f"not {tuple(x.shape)} and {tuple(grad_output.shape)}"
+        )
+    if not (x.is_floating_point() and grad_output.is_floating_point()) or x.device != grad_output.device:
+        raise ValueError(
+            f"x and grad_output must be floating-point on one device, not {x.dtype} and {grad_output.dtype}"
+        )
+    x, grad_output, lengths = _pack(x, grad_output, lengths)
+    if out is None:
+        return _fisher_diag(x, grad_output, lengths, mode)
+    shape = (grad_output.shape[-1], x.shape[-1])
+    if out.shape != shape or out.dtype not in (torch.float32, torch.float64) or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous fp32 or fp64 of shape {shape}, not {out.dtype} {tuple(out.shape)}")
+    _fisher_diag_(x.detach(), grad_output.detach(), lengths, mode, out)
+    return out
+
+
+def _pack(x: Tensor, grad_output: Tensor, lengths: Tensor | list[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring every accepted form to packed rows and the lengths of their sequences (int64, CPU)."""
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths).to("cpu", torch.int64)
+        if lengths.dim() != 1 or (lengths < 0).any():
+            raise ValueError("lengths must be one non-negative integer a sequence")
+    common = torch.promote_types(x.dtype, grad_output.dtype)
+    x, grad_output = x.to(common), grad_output.to(common)
+    if x.dim() == 2:
+        lengths = torch.tensor([x.shape[0]]) if lengths is None else lengths
+        if int(lengths.sum()) != x.shape[0]:
+            raise ValueError(f"lengths sum to {int(lengths.sum())} but there are {x.shape[0]} packed rows")
+        return x, grad_output, lengths
+    sequences, positions, _ = x.shape
+    if lengths is None:
+        lengths = torch.full((sequences,), positions, dtype=torch.int64)
+        return x.flatten(0, 1), grad_output.flatten(0, 1), lengths
+    if lengths.shape != (sequences,) or (lengths > positions).any():
+        raise ValueError(f"lengths must be {sequences} integers of at most {positions}, not {lengths.tolist()}")
+    counted = (torch.arange(positions) < lengths.unsqueeze(1)).to(x.device)
+    return x[counted], grad_output[counted], lengths
+
+
+def _reference(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str, out: Tensor, accumulate: bool) -> None:
+    if not accumulate:
+        out.zero_()
+    x, grad_output = x.to(out.dtype), grad_output.to(out.dtype)
+    if mode == "per_position":
+        out += grad_output.square().T @ x.square()
+        return
+    for x_n, grad_n in zip(x.split(lengths.tolist()), grad_output.split(lengths.tolist()), strict=True):
+        out += (grad_n.T @ x_n).square()
+
+
+def _native(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str, out: Tensor, accumulate: bool) -> None:
+    torch.ops.sensilora_C.fisher_diag(x, grad_output, lengths, MODES.index(mode), out, accumulate)
+
+
+_backend.register("fisher_diag", native=Implementation(_native), torch=Implementation(_reference))
+
+
+def _run(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str, out: Tensor, accumulate: bool) -> None:
+    implementation = _backend.select("fisher_diag", x.device, x.dtype)
+    implementation(x.contiguous(), grad_output.contiguous(), lengths, mode, out, accumulate)
+
+
+@torch.library.custom_op("sensilora::fisher_diag", mutates_args=())
+def _fisher_diag(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str) -> Tensor:
+    out = torch.empty(grad_output.shape[-1], x.shape[-1], dtype=accumulator_dtype(x.dtype), device=x.device)
+    _run(x, grad_output, lengths, mode, out, False)
+    return out
+
+
+@_fisher_diag.register_fake
+def _(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str) -> Tensor:
+    return torch.empty(grad_output.shape[-1], x.shape[-1], dtype=accumulator_dtype(x.dtype), device=x.device)
+
+
+@torch.library.custom_op("sensilora::fisher_diag_", mutates_args=("out",))
+def _fisher_diag_(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str, out: Tensor) -> None:
+    _run(x, grad_output, lengths, mode, out, True)
+
+
+@_fisher_diag_.register_fake
+def _(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str, out: Tensor) -> None:
+    return None
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, grad_output, lengths, ctx.mode = inputs
+    ctx.save_for_backward(x, grad_output, lengths)
+
+
+def _backward(ctx, grad: Tensor):
+    x, g, lengths = ctx.saved_tensors
+    dtype = x.dtype
+    x, g = x.to(grad.dtype), g.to(grad.dtype)
+    if ctx.mode == "per_position":
+        grad_x = 2 * x * (g.square() @ grad)
+        grad_g = 2 * g * (x.square() @ grad.T)
+        return grad_x.to(dtype), grad_g.to(dtype), None, None
+    ends = list(itertools.accumulate(lengths.tolist()))
+    pieces_x, pieces_g = [], []
+    for start, end in zip([0, *ends], ends, strict=False):
+        x_n, g_n = x[start:end], g[start:end]
+        grad_weight = 2 * grad * (g_n.T @ x_n)
+        pieces_x.append(g_n @ grad_weight)
+        pieces_g.append(x_n @ grad_weight.T)
+    grad_x = torch.cat(pieces_x) if pieces_x else torch.zeros_like(x)
+    grad_g = torch.cat(pieces_g) if pieces_g else torch.zeros_like(g)
+    return grad_x.to(dtype), grad_g.to(dtype), None, None
+
+
+_fisher_diag.register_autograd(_backward, setup_context=_setup_context)

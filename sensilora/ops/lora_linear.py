@@ -1,0 +1,199 @@
+"""A frozen linear layer with a low-rank adapter of any rank: y = x Wᵀ + b + s (drop(x) Aᵀ) Bᵀ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from sensilora.ops import _backend
+from sensilora.ops._backend import Implementation
+from sensilora.ops._dropout import dropout
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """y = x Wᵀ + b + s (drop(x) Aᵀ) Bᵀ (LoRA, Hu et al. 2021, eq. 3, with dropout on the adapter's input only).
+
+    Only `x` and the (tokens, rank) product drop(x) Aᵀ are kept for the backward pass; the dropout mask is a
+    function of (seed, row, column) and is generated again there. Under autocast, `x`, W and b are cast as
+    ``torch.nn.functional.linear`` would cast them.
+
+    Args:
+        x: (..., in_features), fp64, fp32, bf16 or fp16.
+        weight: (out_features, in_features), x's dtype; any strides (a transposed view serves Conv1D).
+        bias: (out_features,) in x's dtype, or None.
+        lora_A: (rank, in_features), any floating dtype; cast to x's. rank may be 0.
+        lora_B: (out_features, rank), any floating dtype; cast to x's.
+        scaling: s, the effective scale (alpha / rank in PEFT's terms).
+        dropout_p: probability of dropping an input element of the adapter, rounded to a multiple of 2⁻¹⁶.
+        seed: the mask's key: an int, or an int64 tensor of one element. None draws one from torch's default
+            generator of x's device, so that ``torch.manual_seed`` and checkpoint replay repeat it.
+
+    Returns:
+        (..., out_features) in x's dtype. Differentiable once in `x`, `weight`, `bias`, `lora_A`, `lora_B`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or `dropout_p` is outside [0, 1].
+        BackendError: a backend was asked for that cannot serve.
+        RuntimeError: when differentiated twice.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check(x, weight, bias, lora_A, lora_B, dropout_p)
+    if dropout_p == 0.0 or lora_A.shape[0] == 0:
+        dropout_p, seed = 0.0, None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    elif isinstance(seed, int):
+        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    return _lora_linear(x, weight, bias, lora_A, lora_B, float(scaling), float(dropout_p), seed)[0]
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout_p: float) -> None:
+    out_features, in_features = weight.shape
+    rank = lora_A.shape[0]
+    if x.shape[-1] != in_features or lora_A.shape != (rank, in_features) or lora_B.shape != (out_features, rank):
+        raise ValueError(
+            f"shapes do not fit: x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
+            f"lora_A {tuple(lora_A.shape)}, lora_B {tuple(lora_B.shape)}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must have shape {(out_features,)}, not {tuple(bias.shape)}")
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(f"weight and bias must have x's dtype {x.dtype}, not {weight.dtype}; cast x or use autocast")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], not {dropout_p}")
+
+
+def _seed_value(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed)
+
+
+def _reference(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    h = linear(dropout(x, dropout_p, _seed_value(seed)), lora_A)
+    return linear(x, weight, bias) + scaling * linear(h, lora_B), h
+
+
+def _reference_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
+    dropped = dropout(x, dropout_p, _seed_value(seed))
+    q = scaling * (grad @ lora_B)
+    grad_A = q.T @ dropped
+    grad_B = scaling * (grad.T @ h)
+    grad_x = x.new_empty(0)
+    if need_grad_x:
+        grad_x = grad @ weight + dropout(q @ lora_A, dropout_p, _seed_value(seed))
+    return grad_x, grad_A, grad_B
+
+
+def _native(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    return torch.ops.sensilora_C.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, _seed_value(seed))
+
+
+def _native_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
+    return torch.ops.sensilora_C.lora_linear_backward(
+        grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, _seed_value(seed), need_grad_x
+    )
+
+
+_NATIVE_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16})
+_backend.register("lora_linear", native=Implementation(_native, _NATIVE_DTYPES), torch=Implementation(_reference))
+_backend.register(
+    "lora_linear_backward",
+    native=Implementation(_native_backward, _NATIVE_DTYPES),
+    torch=Implementation(_reference_backward),
+)
+
+
+@torch.library.custom_op("sensilora::lora_linear", mutates_args=())
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    implementation = _backend.select("lora_linear", x.device, x.dtype)
+    y, h = implementation(rows, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, dropout_p, seed)
+    return y.reshape(*x.shape[:-1], weight.shape[0]), h
+
+
+@_lora_linear.register_fake
+def _(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, lora_A.shape[0])
+
+
+@torch.library.custom_op("sensilora::lora_linear_backward", mutates_args=())
+def _lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_grad_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    grad = grad.reshape(-1, grad.shape[-1]).contiguous()
+    implementation = _backend.select("lora_linear_backward", x.device, x.dtype)
+    grad_x, grad_A, grad_B = implementation(
+        grad, rows, h, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, dropout_p, seed, need_grad_x
+    )
+    return grad_x.reshape(x.shape) if need_grad_x else grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+
+
+@_lora_linear_backward.register_fake
+def _(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_grad_x else x.new_empty(0)
+    return grad_x, torch.empty_like(lora_A), torch.empty_like(lora_B)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _bias, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], seed)
+
+
+def _backward(ctx, grad: Tensor, _grad_h):
+    x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
+    grad_x, grad_A, grad_B = _lora_linear_backward(
+        grad, x, h, weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, ctx.needs_input_grad[0]
+    )
+    grad_weight = grad_bias = None
+    rows = grad.reshape(-1, grad.shape[-1])
+    if ctx.needs_input_grad[1]:
+        grad_weight = rows.T @ x.reshape(-1, x.shape[-1])
+    if ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(0)
+    return grad_x if ctx.needs_input_grad[0] else None, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+
+
+_lora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "lora_linear cannot be differentiated twice; for Hessian-vector products calibrate before injecting "
+        "adapters, or use the plain expression linear(x, W, b) + s * linear(linear(x, A), B)"
+    )
+
+
+_lora_linear_backward.register_autograd(_no_double_backward)

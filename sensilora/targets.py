@@ -1,0 +1,123 @@
+"""Which modules of a model are weight matrices to be measured and adapted, and what a model is called.
+
+A weight matrix here is the weight of an ``nn.Linear`` or of transformers' ``Conv1D`` (GPT-2), whose
+weight is stored transposed. Shapes are always given as (out_features, in_features).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from sensilora.errors import TargetError
+
+#: Last name components of task heads, which are trained in full and never adapted by "all-linear" (as in PEFT).
+HEAD_NAMES = frozenset({"classifier", "score", "lm_head", "qa_outputs", "out_proj_head", "cls"})
+
+Targets = str | Iterable[str]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' ``Conv1D``, told by name so that transformers need not be imported."""
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__
+    )
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether `module` holds one weight matrix this package can measure and adapt."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of an ``nn.Linear`` or ``Conv1D``."""
+    rows, columns = module.get_parameter("weight").shape
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of the modules that are the model's task head (output embedding, classifier) and what is inside them."""
+    heads = set()
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    output_embeddings = get_output_embeddings() if get_output_embeddings is not None else None
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if module is output_embeddings or not HEAD_NAMES.isdisjoint(parts):
+            heads.add(name)
+    return heads
+
+
+def find_targets(model: nn.Module, targets: Targets = "all-linear") -> dict[str, nn.Module]:
+    """The modules `targets` selects, by full name, in module order.
+
+    Args:
+        targets: ``"all-linear"`` (every ``nn.Linear`` and ``Conv1D`` outside the task head), a regular
+            expression that must match the whole name (as PEFT treats a string), or an iterable of names, each a
+            full name or a suffix that begins at a dot (as PEFT treats a list).
+
+    Raises:
+        TargetError: nothing matches, or an entry of an iterable matches nothing.
+    """
+    matrices = {name: module for name, module in model.named_modules() if is_matrix(module)}
+    if not matrices:
+        raise TargetError(f"{type(model).__name__} holds no nn.Linear or Conv1D module; there is nothing to adapt")
+    if targets == "all-linear":
+        heads = head_names(model)
+        found = {name: module for name, module in matrices.items() if name not in heads}
+    elif isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise TargetError(f"targets {targets!r} is not a valid regular expression: {error}") from error
+        found = {name: module for name, module in matrices.items() if pattern.fullmatch(name)}
+    else:
+        wanted = list(targets)
+        selected = set()
+        for suffix in wanted:
+            matching = {name for name in matrices if name == suffix or name.endswith("." + suffix)}
+            if not matching:
+                raise TargetError(f"target {suffix!r} matches no linear module; {_examples(matrices)}")
+            selected |= matching
+        found = {name: module for name, module in matrices.items() if name in selected}
+    if not found:
+        raise TargetError(f"targets {targets!r} match no linear module; {_examples(matrices)}")
+    return found
+
+
+def _examples(matrices: dict[str, nn.Module]) -> str:
+    return "the model has, for example, " + ", ".join(list(matrices)[:3])
+
+
+def model_id(model: nn.Module) -> str:
+    """The model's hub name or folder as transformers recorded it, else its class name."""
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names and shapes of the model's weights, task head left out.
+
+    The same for a model before and after `sensilora.inject`, and for any number of labels; different for
+    another architecture, width, depth or vocabulary. It does not read the weights' values.
+    """
+    heads = head_names(model)
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+        if name.rpartition(".")[2] in {"lora_A", "lora_B"}:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        if plain.rpartition(".")[0] in heads:
+            continue
+        digest.update(f"{plain}:{tuple(parameter.shape)}\n".encode())
+    return digest.hexdigest()
+
+
+def first_non_finite_parameter(model: nn.Module) -> str | None:
+    """Name of the first parameter or floating-point buffer that holds a NaN or Inf, or None."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
