@@ -53,6 +53,11 @@ def registered_ops() -> list[str]:
     return list(_table)
 
 
+def backends_of(op: str) -> list[str]:
+    """Names of the backends that implement `op`, wherever they can run."""
+    return list(_table[op])
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Make every sensilora op use one backend inside the ``with`` block, in all threads.

@@ -74,7 +74,7 @@ _backend.register(
 
 
 def _run(x: Tensor, mask: Tensor | None, out: Tensor, accumulate: bool) -> None:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     implementation = _backend.select("autocorrelation_diag", x.device, x.dtype)

@@ -93,53 +93,56 @@ def _pack(x: Tensor, grad_output: Tensor, lengths: Tensor | list[int] | None) ->
     return x[counted], grad_output[counted], lengths
 
 
-def _reference(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str, out: Tensor, accumulate: bool) -> None:
+def _reference(
+    x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, out: Tensor, accumulate: bool
+) -> None:
     if not accumulate:
         out.zero_()
     x, grad_output = x.to(out.dtype), grad_output.to(out.dtype)
-    if mode == "per_position":
+    if convention == "per_position":
         out += grad_output.square().T @ x.square()
         return
     for x_n, grad_n in zip(x.split(lengths.tolist()), grad_output.split(lengths.tolist()), strict=True):
         out += (grad_n.T @ x_n).square()
 
 
-def _native(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str, out: Tensor, accumulate: bool) -> None:
-    torch.ops.sensilora_C.fisher_diag(x, grad_output, lengths, MODES.index(mode), out, accumulate)
+def _native(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, out: Tensor, accumulate: bool) -> None:
+    torch.ops.sensilora_C.fisher_diag(x, grad_output, lengths, MODES.index(convention), out, accumulate)
 
 
 _backend.register("fisher_diag", native=Implementation(_native), torch=Implementation(_reference))
 
 
-def _run(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str, out: Tensor, accumulate: bool) -> None:
+def _run(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, out: Tensor, accumulate: bool) -> None:
     implementation = _backend.select("fisher_diag", x.device, x.dtype)
-    implementation(x.contiguous(), grad_output.contiguous(), lengths, mode, out, accumulate)
+    implementation(x.contiguous(), grad_output.contiguous(), lengths, convention, out, accumulate)
 
 
+# The ops call the mode "convention" because torch.fx cannot trace an op with an argument named "mode".
 @torch.library.custom_op("sensilora::fisher_diag", mutates_args=())
-def _fisher_diag(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str) -> Tensor:
+def _fisher_diag(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str) -> Tensor:
     out = torch.empty(grad_output.shape[-1], x.shape[-1], dtype=accumulator_dtype(x.dtype), device=x.device)
-    _run(x, grad_output, lengths, mode, out, False)
+    _run(x, grad_output, lengths, convention, out, False)
     return out
 
 
 @_fisher_diag.register_fake
-def _(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str) -> Tensor:
+def _(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str) -> Tensor:
     return torch.empty(grad_output.shape[-1], x.shape[-1], dtype=accumulator_dtype(x.dtype), device=x.device)
 
 
 @torch.library.custom_op("sensilora::fisher_diag_", mutates_args=("out",))
-def _fisher_diag_(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str, out: Tensor) -> None:
-    _run(x, grad_output, lengths, mode, out, True)
+def _fisher_diag_(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, out: Tensor) -> None:
+    _run(x, grad_output, lengths, convention, out, True)
 
 
 @_fisher_diag_.register_fake
-def _(x: Tensor, grad_output: Tensor, lengths: Tensor, mode: str, out: Tensor) -> None:
+def _(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, out: Tensor) -> None:
     return None
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, grad_output, lengths, ctx.mode = inputs
+    x, grad_output, lengths, ctx.convention = inputs
     ctx.save_for_backward(x, grad_output, lengths)
 
 
@@ -147,7 +150,7 @@ def _backward(ctx, grad: Tensor):
     x, g, lengths = ctx.saved_tensors
     dtype = x.dtype
     x, g = x.to(grad.dtype), g.to(grad.dtype)
-    if ctx.mode == "per_position":
+    if ctx.convention == "per_position":
         grad_x = 2 * x * (g.square() @ grad)
         grad_g = 2 * g * (x.square() @ grad.T)
         return grad_x.to(dtype), grad_g.to(dtype), None, None

@@ -77,6 +77,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_
         raise ValueError(f"dropout_p must be in [0, 1], not {dropout_p}")
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Every leading dimension folded into one; reshape(-1, ...) would not do for a last size of 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def _seed_value(seed: Tensor | None) -> int:
     return 0 if seed is None else int(seed)
 
@@ -127,7 +132,7 @@ def _lora_linear(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = _rows(x).contiguous()
     implementation = _backend.select("lora_linear", x.device, x.dtype)
     y, h = implementation(rows, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, dropout_p, seed)
     return y.reshape(*x.shape[:-1], weight.shape[0]), h
@@ -135,8 +140,7 @@ def _lora_linear(
 
 @_lora_linear.register_fake
 def _(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, lora_A.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.shape[:-1].numel(), lora_A.shape[0])
 
 
 @torch.library.custom_op("sensilora::lora_linear_backward", mutates_args=())
@@ -152,8 +156,8 @@ def _lora_linear_backward(
     seed: Tensor | None,
     need_grad_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    grad = grad.reshape(-1, grad.shape[-1]).contiguous()
+    rows = _rows(x).contiguous()
+    grad = _rows(grad).contiguous()
     implementation = _backend.select("lora_linear_backward", x.device, x.dtype)
     grad_x, grad_A, grad_B = implementation(
         grad, rows, h, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, dropout_p, seed, need_grad_x
@@ -178,9 +182,9 @@ def _backward(ctx, grad: Tensor, _grad_h):
         grad, x, h, weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, ctx.needs_input_grad[0]
     )
     grad_weight = grad_bias = None
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows = _rows(grad)
     if ctx.needs_input_grad[1]:
-        grad_weight = rows.T @ x.reshape(-1, x.shape[-1])
+        grad_weight = rows.T @ _rows(x)
     if ctx.needs_input_grad[2]:
         grad_bias = rows.sum(0)
     return grad_x if ctx.needs_input_grad[0] else None, grad_weight, grad_bias, grad_A, grad_B, None, None, None

@@ -1,0 +1,419 @@
+"""Putting adapters into a model, taking them out, and reading and writing them as PEFT's files.
+
+The file format is PEFT's, so that the folder opens in PEFT and vLLM: ``adapter_config.json`` and
+``adapter_model.safetensors``. Different ranks go into ``rank_pattern`` and ``alpha_pattern`` under keys that are
+anchored, escaped full names, because PEFT treats a key as a regular expression and takes the first that matches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sensilora import _files
+from sensilora.errors import AdapterError, PlanError
+from sensilora.nn import VarRankLoRALinear
+from sensilora.plan import RankPlan
+from sensilora.targets import fingerprint, is_conv1d, is_matrix, matrix_shape, model_id
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+_TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def adapter_layers(model: nn.Module) -> dict[str, VarRankLoRALinear]:
+    """The model's adapter layers by name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, VarRankLoRALinear)}
+
+
+def inject(
+    model: Model,
+    plan: RankPlan,
+    *,
+    dropout: float = 0.0,
+    init: str = "kaiming",
+    adapter_dtype: torch.dtype | None = None,
+    modules_to_save: Iterable[str] = (),
+    strict: bool = True,
+) -> Model:
+    """Replace every matrix the plan gives a rank by a `VarRankLoRALinear` of that rank, in place.
+
+    All other parameters are frozen, except those of `modules_to_save`. Matrices of rank 0 stay plain.
+
+    Args:
+        model: the model the plan was made for.
+        plan: ranks and scaling, from `allocate` or `RankPlan.load`.
+        dropout, init, adapter_dtype: see `VarRankLoRALinear`.
+        modules_to_save: names (full, or a suffix that begins at a dot) of modules that are trained in full and saved
+            with the adapter, such as ``["classifier"]``.
+        strict: check the model's fingerprint too. False accepts a model whose other weights differ, such as one with
+            a resized vocabulary; names and shapes of the planned matrices are checked in any case.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        PlanError: the plan was made for another model.
+        AdapterError: the model carries adapters already, or `modules_to_save` names nothing.
+    """
+    modules = _plain_modules(model)
+    for name, entry in plan.matrices.items():
+        module = modules.get(name)
+        if module is None or not is_matrix(module):
+            raise PlanError(f"the plan is for {plan.model_id}: this model has no linear layer {name!r}")
+        if matrix_shape(module) != tuple(entry.shape):
+            raise PlanError(
+                f"the plan is for {plan.model_id}: {name} is {tuple(entry.shape)} there, {matrix_shape(module)} here"
+            )
+    if strict and plan.fingerprint != fingerprint(model):
+        raise PlanError(
+            f"the plan was made for another model ({plan.model_id}): fingerprints differ; calibrate this model, or "
+            "pass strict=False if only its vocabulary was resized"
+        )
+    saved = _matching(modules, modules_to_save)
+    layers = {
+        name: VarRankLoRALinear(
+            modules[name],
+            rank,
+            scaling=plan.scaling_of(name),
+            dropout=dropout,
+            init=init,
+            adapter_dtype=adapter_dtype,
+        )
+        for name, rank in plan.ranks.items()
+        if rank > 0
+    }
+    return _install(model, layers, saved)
+
+
+def _plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    if adapter_layers(model):
+        raise AdapterError(
+            "the model carries adapters already; call unload(model) first, after merge(model) to keep them"
+        )
+    return dict(model.named_modules())
+
+
+def _matching(modules: dict[str, nn.Module], suffixes: Iterable[str]) -> list[str]:
+    names = []
+    for suffix in suffixes:
+        found = [name for name in modules if name == suffix or name.endswith("." + suffix)]
+        if not found:
+            raise AdapterError(f"modules_to_save names {suffix!r}, which the model does not have")
+        names += found
+    return names
+
+
+def _install(model: Model, layers: dict[str, VarRankLoRALinear], saved: list[str]) -> Model:
+    model.requires_grad_(False)
+    _replace(model, {id(layer.base_layer): layer for layer in layers.values()})
+    for layer in layers.values():
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+    for name in saved:
+        model.get_submodule(name).requires_grad_(True)
+    # Remembered on the model because requires_grad may be changed before it is saved.
+    model.__dict__["_sensilora_modules_to_save"] = tuple(saved)
+    return model
+
+
+def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Swap modules by identity in every parent, since a module may be registered under several names."""
+    new = {id(module) for module in replacements.values()}
+    for parent in list(model.modules()):
+        if id(parent) in new:
+            continue
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+
+
+def merge(model: Model) -> Model:
+    """Add every adapter's update to its base weight, in place; the adapters stay and can be unmerged layer by layer.
+
+    Follow with `unload` to get the plain model with the updates in it. Returns `model`.
+
+    Raises:
+        AdapterError: the model carries no adapter.
+    """
+    for layer in _required_layers(model).values():
+        layer.merge()
+    return model
+
+
+def unload(model: Model) -> Model:
+    """Replace every adapter layer by its base layer as it is: with the update if merged, else without.
+
+    Returns `model`.
+
+    Raises:
+        AdapterError: the model carries no adapter.
+    """
+    layers = _required_layers(model)
+    _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
+    return model
+
+
+def _required_layers(model: nn.Module) -> dict[str, VarRankLoRALinear]:
+    layers = adapter_layers(model)
+    if not layers:
+        raise AdapterError(f"{type(model).__name__} carries no adapter; call inject or load_adapter first")
+    return layers
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Write the model's adapters, and its modules_to_save, as a PEFT adapter folder.
+
+    Args:
+        model: a model that `inject` or `load_adapter` prepared.
+        folder: created whole or not at all.
+        force: replace a folder that exists.
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        AdapterError: the model carries no adapter.
+        OutputExistsError: the folder exists and `force` is false.
+    """
+    layers = _required_layers(model)
+    saved: tuple[str, ...] = getattr(model, "_sensilora_modules_to_save", ())
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    for name in saved:
+        for key, tensor in model.get_submodule(name).state_dict(prefix=f"{_PREFIX}{name}.").items():
+            tensors[key] = tensor
+    with _files.output_folder(folder, force=force) as temporary:
+        config = _adapter_config(model, layers, saved)
+        _files.write_text(temporary / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        _files.write_tensors(temporary / WEIGHTS_FILE, tensors)
+        _files.write_text(temporary / "README.md", _model_card(model, layers))
+    return Path(folder)
+
+
+def _adapter_config(model: nn.Module, layers: dict[str, VarRankLoRALinear], saved: tuple[str, ...]) -> dict[str, Any]:
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: _whole(layer.scaling * layer.rank) for name, layer in layers.items()}
+    largest = max(ranks, key=lambda name: ranks[name])
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": task_type(model),
+        "r": ranks[largest],
+        "lora_alpha": alphas[largest],
+        "lora_dropout": layers[largest].dropout,
+        "target_modules": list(layers),
+        "bias": "none",
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "base_model_name_or_path": model_id(model),
+        "rank_pattern": {pattern_key(name): rank for name, rank in ranks.items()},
+        "alpha_pattern": {pattern_key(name): alpha for name, alpha in alphas.items()},
+    }
+    if any(is_conv1d(layer.base_layer) for layer in layers.values()):
+        config["fan_in_fan_out"] = True
+    if saved:
+        config["modules_to_save"] = list(saved)
+    return config
+
+
+def pattern_key(name: str) -> str:
+    """The rank_pattern / alpha_pattern key that matches this module and no other."""
+    return "^" + re.escape(name)
+
+
+def _whole(value: float) -> int | float:
+    """Alphas as integers where they are, since some loaders accept nothing else."""
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's task type by the model's class name, or None."""
+    name = type(model).__name__
+    return next((task for suffix, task in _TASK_TYPES.items() if name.endswith(suffix)), None)
+
+
+def _model_card(model: nn.Module, layers: dict[str, VarRankLoRALinear]) -> str:
+    ranks = [layer.rank for layer in layers.values()]
+    parameters = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values())
+    return (
+        f"---\nbase_model: {model_id(model)}\nlibrary_name: peft\ntags:\n- lora\n- sensilora\n---\n\n"
+        f"# LoRA adapter with a rank of its own for every matrix\n\n"
+        f"{len(ranks)} matrices, ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all, {parameters:,} parameters. "
+        "Ranks were allotted by Sensitivity-LoRA (arXiv 2509.09119) before training.\n"
+    )
+
+
+def load_adapter(model: Model, folder: str | os.PathLike[str], *, dropout: float | None = None) -> Model:
+    """Put a saved LoRA adapter (this package's or PEFT's own) into a plain model, in place.
+
+    Everything is read and checked before the model is touched.
+
+    Args:
+        model: the base model, without adapters.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        dropout: dropout of the adapters when trained further; None takes the file's ``lora_dropout``.
+
+    Returns:
+        `model`, its adapters and the file's modules_to_save requiring gradients, all else frozen.
+
+    Raises:
+        FileNotFoundError: the folder or one of its two files is missing.
+        AdapterError: a file is damaged, of another kind than LoRA, or does not fit the model.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG_FILE)
+    tensors = _read_weights(folder / WEIGHTS_FILE)
+    modules = _plain_modules(model)
+    pairs, plain = _split(tensors)
+    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name, tensor in plain.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise AdapterError(f"{folder} holds {name} {tuple(tensor.shape)}, which does not fit this model")
+    for name, pair in pairs.items():
+        _check_fit(folder, name, modules.get(name), pair, config.rank_of(name))
+    saved = [
+        name
+        for name in _matching(modules, config.modules_to_save or ())
+        if any(key.startswith(name + ".") for key in plain)
+    ]
+    layers = {}
+    for name, (lora_A, lora_B) in pairs.items():
+        layer = layers[name] = VarRankLoRALinear(
+            modules[name],
+            lora_A.shape[0],
+            scaling=config.scaling_of(name),
+            dropout=config.lora_dropout if dropout is None else dropout,
+            adapter_dtype=lora_A.dtype,
+        )
+        with torch.no_grad():
+            layer.lora_A.copy_(lora_A)
+            layer.lora_B.copy_(lora_B)
+    with torch.no_grad():
+        for name, tensor in plain.items():
+            parameters[name].copy_(tensor)
+    return _install(model, layers, saved)
+
+
+def _check_fit(
+    folder: Path, name: str, module: nn.Module | None, pair: tuple[Tensor, Tensor], configured_rank: int
+) -> None:
+    if module is None or not is_matrix(module):
+        raise AdapterError(f"{folder} adapts {name!r}, which this model does not have as a linear layer")
+    lora_A, lora_B = pair
+    rank = lora_A.shape[0]
+    out_features, in_features = matrix_shape(module)
+    if lora_A.shape != (rank, in_features) or lora_B.shape != (out_features, rank):
+        raise AdapterError(
+            f"{folder}: {name} is {out_features}x{in_features} here and the adapter's matrices are "
+            f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}; it was made for another model"
+        )
+    if configured_rank != rank:
+        raise AdapterError(
+            f"{folder}: {CONFIG_FILE} gives {name} rank {configured_rank} but its tensors have rank {rank}"
+        )
+
+
+class _AdapterConfig(BaseModel):
+    """The fields of PEFT's adapter_config.json that decide what the tensors mean; all others are ignored."""
+
+    peft_type: Literal["LORA"]
+    r: Annotated[int, Field(ge=1)]
+    lora_alpha: Annotated[float, Field(gt=0)]
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
+
+    def rank_of(self, name: str) -> int:
+        return _pattern_value(self.rank_pattern, name, self.r)
+
+    def scaling_of(self, name: str) -> float:
+        rank = self.rank_of(name)
+        return _pattern_value(self.alpha_pattern, name, self.lora_alpha) / (
+            math.sqrt(rank) if self.use_rslora else rank
+        )
+
+
+def _pattern_value(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rule: the first key that, as a regular expression, matches the name or a suffix of it at a dot."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _read_config(path: Path) -> _AdapterConfig:
+    try:
+        config = _AdapterConfig.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; name a folder that save_adapter or PEFT wrote") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise AdapterError(
+            f"{path}: {field}: {first['msg']}; it was truncated or edited, save the adapter again"
+        ) from error
+    for field in ("use_dora", "lora_bias"):
+        if getattr(config, field):
+            raise AdapterError(f"{path}: {field} is set, which this package cannot load; open the adapter with PEFT")
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is damaged ({error}); save the adapter again") from error
+
+
+def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Adapter pairs by module name, and the modules_to_save tensors by parameter name."""
+    lora: dict[str, dict[str, Tensor]] = {}
+    plain = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(_PREFIX):
+            raise AdapterError(f"key {key!r} does not begin with {_PREFIX}; this is no PEFT adapter file")
+        name = key[len(_PREFIX) :]
+        match = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", name)
+        if match:
+            lora.setdefault(match[1], {})[match[2]] = tensor
+        elif ".lora_" in name:
+            raise AdapterError(f"key {key!r} is of a kind this package cannot load; open the adapter with PEFT")
+        else:
+            plain[name] = tensor
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"key {key!r} holds a NaN or Inf; the adapter is damaged or its training diverged")
+    for name, pair in lora.items():
+        if len(pair) != 2:
+            raise AdapterError(f"{name} has only {next(iter(pair))}; the adapter file is incomplete")
+    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in lora.items()}, plain

@@ -1,0 +1,177 @@
+"""fisher_diag: every backend against per-sample autograd in fp64, and the op's registration."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sensilora.errors import BackendError
+from sensilora.ops import fisher_diag, use_backend
+from sensilora.ops.fisher_diag import MODES, _fisher_diag, _fisher_diag_
+from tests.tolerances import ACCUMULATED, relative_error
+
+OP = "fisher_diag"
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def oracle(x, g, mode, lengths):
+    """By the definition, one position or sequence at a time, in fp64. x (tokens, in), g (tokens, out), packed."""
+    x, g = x.detach().double().cpu(), g.detach().double().cpu()
+    total = torch.zeros(g.shape[1], x.shape[1], dtype=torch.float64)
+    start = 0
+    for length in lengths:
+        positions = range(start, start + length)
+        gradients = [torch.outer(g[t], x[t]) for t in positions]
+        if mode == "per_sequence" and gradients:
+            total += sum(gradients).square()
+        elif mode == "per_position":
+            total += sum((gradient.square() for gradient in gradients), torch.zeros_like(total))
+        start += length
+    return total
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 5, 7, 9), (2, 17, 33, 65), (4, 1, 30, 40)])
+def test_matches_oracle(on_backend, device, mode, dtype, sizes, poisoned_empty):
+    sequences, positions, in_features, out_features = sizes
+    x = torch.randn(sequences, positions, in_features).to(dtype)
+    g = torch.randn(sequences, positions, out_features).to(dtype)
+    with on_backend(OP, dtype):
+        got = fisher_diag(x.to(device), g.to(device), mode=mode)
+    expected = oracle(x.flatten(0, 1), g.flatten(0, 1), mode, [positions] * sequences)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert relative_error(got, expected) <= ACCUMULATED[dtype]
+
+
+def test_is_the_squared_gradient_of_each_sequence():
+    layer = torch.nn.Linear(4, 3, dtype=torch.float64)
+    x = torch.randn(5, 6, 4, dtype=torch.float64)
+    expected = torch.zeros(3, 4, dtype=torch.float64)
+    outputs = layer(x)
+    loss = outputs.sin().sum()
+    (g,) = torch.autograd.grad(loss, outputs, retain_graph=True)
+    for n in range(5):
+        (grad,) = torch.autograd.grad(layer(x[n]).sin().sum(), layer.weight)
+        expected += grad.square()
+    torch.testing.assert_close(fisher_diag(x, g), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_lengths_padded_and_packed_agree(on_backend, device, mode):
+    lengths = [3, 0, 5, 1]
+    x, g = torch.randn(4, 5, 6, device=device), torch.randn(4, 5, 2, device=device)
+    packed_x = torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])
+    packed_g = torch.cat([row[:length] for row, length in zip(g, lengths, strict=True)])
+    padded_x, padded_g = x.clone(), g.clone()
+    for n, length in enumerate(lengths):
+        padded_x[n, length:] = float("nan")
+        padded_g[n, length:] = float("inf")
+    expected = oracle(packed_x, packed_g, mode, lengths)
+    with on_backend(OP, torch.float32):
+        assert relative_error(fisher_diag(packed_x, packed_g, mode=mode, lengths=lengths), expected) <= 1e-5
+        got = fisher_diag(padded_x, padded_g, mode=mode, lengths=torch.tensor(lengths))
+    assert relative_error(got, expected) <= 1e-5
+
+
+def test_packed_without_lengths_is_one_sequence(on_backend, device):
+    x, g = torch.randn(8, 3, device=device), torch.randn(8, 2, device=device)
+    with on_backend(OP, torch.float32):
+        assert relative_error(fisher_diag(x, g), oracle(x, g, "per_sequence", [8])) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float64])
+def test_out_accumulates(on_backend, device, mode, out_dtype):
+    x, g = torch.randn(4, 5, 6, device=device), torch.randn(4, 5, 3, device=device)
+    with on_backend(OP, torch.float32):
+        out = torch.zeros(3, 6, dtype=out_dtype, device=device)
+        assert fisher_diag(x[:1], g[:1], mode=mode, out=out) is out
+        fisher_diag(x[1:], g[1:], mode=mode, out=out)
+    assert relative_error(out, oracle(x.flatten(0, 1), g.flatten(0, 1), mode, [5] * 4)) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_empty(on_backend, device, mode, shape, poisoned_empty):
+    with on_backend(OP, torch.float32):
+        got = fisher_diag(torch.ones(*shape, 3, device=device), torch.ones(*shape, 2, device=device), mode=mode)
+    assert torch.equal(got.cpu(), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strided_inputs(on_backend, device, mode):
+    x = torch.randn(5, 4, 12, device=device).transpose(0, 1)[..., ::2]
+    g = torch.randn(4, 1, 3, device=device).expand(4, 5, 3)
+    expected = oracle(x.flatten(0, 1), g.flatten(0, 1), mode, [5] * 4)
+    with on_backend(OP, torch.float32):
+        assert relative_error(fisher_diag(x, g, mode=mode), expected) <= 1e-5
+
+
+def test_fp16_squares_do_not_underflow(on_backend, device):
+    x = torch.full((2, 3, 4), 1e-2, dtype=torch.float16, device=device)
+    g = torch.full((2, 3, 5), 1e-4, dtype=torch.float16, device=device)
+    with on_backend(OP, torch.float16):
+        got = fisher_diag(x, g)
+    assert relative_error(got, oracle(x.flatten(0, 1), g.flatten(0, 1), "per_sequence", [3, 3])) <= 1e-5
+
+
+def test_mixed_dtypes_are_promoted(device):
+    x, g = torch.randn(2, 3, 4, device=device).bfloat16(), torch.randn(2, 3, 5, device=device)
+    assert relative_error(fisher_diag(x, g), oracle(x.flatten(0, 1), g.flatten(0, 1), "per_sequence", [3, 3])) <= 1e-5
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    features=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    mode=st.sampled_from(MODES),
+    seed=st.integers(0, 10**6),
+)
+def test_native_agrees_on_any_shape(lengths, features, mode, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(lengths), features[0], generator=generator)
+    g = torch.randn(sum(lengths), features[1], generator=generator)
+    try:
+        with use_backend("native"):
+            got = fisher_diag(x, g, mode=mode, lengths=lengths)
+    except BackendError as error:
+        pytest.skip(str(error))
+    with use_backend("torch"):
+        expected = fisher_diag(x.double(), g.double(), mode=mode, lengths=lengths)
+    assert relative_error(got, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients(mode):
+    x = torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, g: fisher_diag(x, g, mode=mode, lengths=[4, 2, 0]), (x, g))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(device, mode, requires_grad):
+    x = torch.randn(7, 3, device=device, requires_grad=requires_grad)
+    g = torch.randn(7, 2, device=device, requires_grad=requires_grad)
+    lengths = torch.tensor([3, 4])
+    torch.library.opcheck(_fisher_diag, (x, g, lengths, mode))
+    torch.library.opcheck(_fisher_diag_, (x.detach(), g.detach(), lengths, mode, torch.zeros(2, 3, device=device)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kwargs", "message"),
+    [
+        ((torch.ones(2, 3), torch.ones(2, 3)), {"mode": "per_token"}, "mode 'per_token' is unknown"),
+        ((torch.ones(2, 3), torch.ones(3, 3)), {}, "agree in all but the last size"),
+        ((torch.ones(3), torch.ones(3)), {}, "agree in all but the last size"),
+        ((torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64)), {}, "floating-point"),
+        ((torch.ones(2, 3), torch.ones(2, 4)), {"lengths": [3]}, "lengths sum to 3 but there are 2"),
+        ((torch.ones(2, 3), torch.ones(2, 4)), {"lengths": [3, -1]}, "non-negative"),
+        ((torch.ones(1, 2, 3), torch.ones(1, 2, 4)), {"lengths": [3]}, "at most 2"),
+        ((torch.ones(1, 2, 3), torch.ones(1, 2, 4)), {"out": torch.ones(3, 4)}, "out must be contiguous"),
+    ],
+)
+def test_bad_input(arguments, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        fisher_diag(*arguments, **kwargs)

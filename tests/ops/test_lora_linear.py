@@ -1,0 +1,284 @@
+"""lora_linear: every backend against fp64 autograd of the plain formula, dropout, and the op's registration."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+from sensilora.errors import BackendError
+from sensilora.ops import lora_linear, use_backend
+from sensilora.ops._dropout import keep_mask, keep_scale
+from sensilora.ops.lora_linear import _lora_linear, _lora_linear_backward
+from tests.tolerances import RELATIVE, relative_error
+
+OP = "lora_linear"
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+NAMES = ("y", "x", "lora_A", "lora_B")
+
+
+def make(sizes, dtype, device, adapter_dtype=None, bias=True):
+    *leading, in_features, out_features, rank = sizes
+    x = torch.randn(*leading, in_features)
+    weight = torch.randn(out_features, in_features) / in_features**0.5
+    b = torch.randn(out_features) if bias else None
+    lora_A = torch.randn(rank, in_features) / in_features**0.5
+    lora_B = torch.randn(out_features, rank)
+    adapter_dtype = adapter_dtype or dtype
+    return [
+        None if tensor is None else tensor.to(device, kind)
+        for tensor, kind in (
+            (x, dtype),
+            (weight, dtype),
+            (b, dtype),
+            (lora_A, adapter_dtype),
+            (lora_B, adapter_dtype),
+        )
+    ]
+
+
+def results(function, tensors, upstream):
+    """y and the gradients of x, lora_A and lora_B."""
+    x, weight, bias, lora_A, lora_B = tensors
+    x, lora_A, lora_B = (tensor.detach().clone().requires_grad_() for tensor in (x, lora_A, lora_B))
+    y = function(x, weight, bias, lora_A, lora_B)
+    y.backward(upstream.to(y))
+    return y.detach(), x.grad, lora_A.grad, lora_B.grad
+
+
+def oracle(tensors, upstream, scaling, p=0.0, seed=0):
+    """The plain formula in fp64, with the stored mask, differentiated by autograd."""
+    tensors = [None if tensor is None else tensor.detach().cpu().double() for tensor in tensors]
+
+    def formula(x, weight, bias, lora_A, lora_B):
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        kept = keep_mask(rows.shape[0], rows.shape[1], p, seed) if p else torch.ones_like(rows, dtype=torch.bool)
+        dropped = (rows * kept * keep_scale(p)).reshape(x.shape)
+        return linear(x, weight, bias) + scaling * linear(linear(dropped, lora_A), lora_B)
+
+    return results(formula, tensors, upstream.cpu().double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (5, 8, 16, 3), (3, 7, 33, 17, 5), (2, 3, 4, 19, 31, 11), (130, 64, 48, 33)]
+)
+def test_forward_and_backward_match_oracle(on_backend, device, dtype, p, sizes):
+    tensors = make(sizes, dtype, device)
+    upstream = torch.randn(*sizes[:-3], sizes[-2])
+    expected = oracle(tensors, upstream.to(dtype), 0.7, p, seed=2**40 + 3)
+    with on_backend(OP, dtype):
+        got = results(lambda *t: lora_linear(*t, 0.7, dropout_p=p, seed=2**40 + 3), tensors, upstream)
+    for name, value, reference in zip(NAMES, got, expected, strict=True):
+        assert relative_error(value, reference) <= 4 * RELATIVE[dtype], name
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rank_zero_is_the_base_layer(on_backend, device, bias):
+    tensors = make((4, 6, 5, 0), torch.float32, device, bias=bias)
+    with on_backend(OP, torch.float32):
+        y, grad_x, grad_A, grad_B = results(lambda *t: lora_linear(*t, 1.0, dropout_p=0.5), tensors, torch.ones(4, 5))
+    torch.testing.assert_close(y, linear(*tensors[:3]))
+    torch.testing.assert_close(grad_x, torch.ones(4, 5, device=device) @ tensors[1])
+    assert grad_A.shape == (0, 6)
+    assert grad_B.shape == (5, 0)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6)])
+def test_no_rows(on_backend, device, shape):
+    tensors = make((*shape, 5, 3), torch.float32, device)
+    with on_backend(OP, torch.float32):
+        y, grad_x, grad_A, grad_B = results(lambda *t: lora_linear(*t, 1.0), tensors, torch.ones(*shape[:-1], 5))
+    assert y.shape == (*shape[:-1], 5)
+    assert grad_x.shape == shape
+    assert not grad_A.any()
+    assert not grad_B.any()
+
+
+def test_outputs_are_all_written(on_backend, device, poisoned_empty):
+    tensors = make((9, 13, 7, 3), torch.float32, device)
+    with on_backend(OP, torch.float32):
+        got = results(lambda *t: lora_linear(*t, 1.0, dropout_p=0.3, seed=1), tensors, torch.ones(9, 7))
+    assert all(torch.isfinite(value).all() for value in got)
+
+
+def test_strided_inputs(on_backend, device):
+    x = torch.randn(6, 20, 4, device=device).transpose(0, 1)[..., ::2]
+    weight = torch.randn(2, 7, device=device).t()
+    lora_A, lora_B = torch.randn(2, 3, device=device).t(), torch.randn(3, 7, device=device).t()
+    tensors = [x, weight, torch.randn(7, device=device), lora_A, lora_B]
+    upstream = torch.randn(1, 1, 7, device=device).expand(20, 6, 7)
+    expected = oracle(tensors, upstream, 1.3)
+    with on_backend(OP, torch.float32):
+        got = results(lambda *t: lora_linear(*t, 1.3), tensors, upstream)
+    for name, value, reference in zip(NAMES, got, expected, strict=True):
+        assert relative_error(value, reference) <= 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp32_adapters_over_a_16_bit_base(on_backend, device, dtype):
+    tensors = make((7, 16, 12, 4), dtype, device, adapter_dtype=torch.float32)
+    upstream = torch.randn(7, 12)
+    with on_backend(OP, dtype):
+        y, grad_x, grad_A, grad_B = results(lambda *t: lora_linear(*t, 0.5), tensors, upstream)
+    assert (y.dtype, grad_x.dtype, grad_A.dtype, grad_B.dtype) == (dtype, dtype, torch.float32, torch.float32)
+    for value, reference in zip((y, grad_x, grad_A, grad_B), oracle(tensors, upstream.to(dtype), 0.5), strict=True):
+        assert relative_error(value, reference) <= 4 * RELATIVE[dtype]
+
+
+def test_saved_inputs_are_not_written(on_backend, device):
+    tensors = make((7, 16, 12, 4), torch.float32, device)
+    before = [tensor.clone() for tensor in tensors]
+    with on_backend(OP, torch.float32):
+        results(lambda *t: lora_linear(*t, 0.5, dropout_p=0.2), tensors, torch.ones(7, 12))
+    assert all(torch.equal(*pair) for pair in zip(tensors, before, strict=True))
+
+
+def test_deterministic(on_backend, device):
+    tensors = make((65, 40, 24, 7), torch.float32, device)
+    with on_backend(OP, torch.float32):
+        runs = [
+            results(lambda *t: lora_linear(*t, 1.0, dropout_p=0.3, seed=9), tensors, torch.ones(65, 24))
+            for _ in range(2)
+        ]
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+def test_philox_known_answers():
+    # Philox4x32-10 of counter and key zero: Random123's published known-answer vector kat_vectors.
+    from sensilora.ops._dropout import _philox
+
+    zero = torch.zeros((), dtype=torch.int64)
+    assert [int(word) for word in _philox((zero,) * 4, 0)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    ones = torch.full((), 0xFFFFFFFF, dtype=torch.int64)
+    words = _philox((ones,) * 4, 0xFFFFFFFFFFFFFFFF)
+    assert [int(word) for word in words] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_dropout_expectation_and_variance(on_backend, device):
+    p, rows, columns = 0.05, 4096, 64
+    x = torch.ones(rows, columns, device=device)
+    weight = torch.zeros(1, columns, device=device)
+    # One column a rank picks the dropped inputs out one by one.
+    lora_A, lora_B = torch.eye(columns, device=device), torch.zeros(1, columns, device=device)
+    with on_backend(OP, torch.float32):
+        h = _lora_linear(x, weight, None, lora_A, lora_B, 1.0, p, torch.tensor([11], device=device))[1]
+    dropped = (h == 0).double()
+    deviation = (p * (1 - p) / dropped.numel()) ** 0.5
+    assert abs(float(dropped.mean()) - p) < 5 * deviation
+    assert abs(float(h.double().mean()) - 1) < 5 * deviation / (1 - p)
+    assert abs(float(h.double().var()) - p / (1 - p)) < 0.05 * p
+    # No row or column of the mask stands out.
+    for dim in (0, 1):
+        means = dropped.mean(dim)
+        assert float((means - p).abs().max()) < 6 * (p * (1 - p) / dropped.shape[dim]) ** 0.5
+
+
+def test_dropout_masks_differ_by_seed_and_repeat_by_manual_seed():
+    tensors = make((32, 32, 8, 4), torch.float32, "cpu")
+    torch.manual_seed(5)
+    first, second = (lora_linear(*tensors, 1.0, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(first, lora_linear(*tensors, 1.0, dropout_p=0.5))
+    assert not torch.equal(first, second)
+
+
+def test_checkpointing_replays_the_mask():
+    from torch.utils.checkpoint import checkpoint
+
+    tensors = make((32, 32, 8, 4), torch.float32, "cpu")
+
+    def run(use_reentrant):
+        torch.manual_seed(3)
+        function = lambda *t: lora_linear(*t, 1.0, dropout_p=0.5)  # noqa: E731
+        wrapped = (
+            function if use_reentrant is None else lambda *t: checkpoint(function, *t, use_reentrant=use_reentrant)
+        )
+        return results(wrapped, tensors, torch.ones(32, 8))
+
+    plain = run(None)
+    for use_reentrant in (False, True):
+        assert all(torch.equal(*pair) for pair in zip(plain, run(use_reentrant), strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 20)),
+    p=st.sampled_from([0.0, 0.1, 0.9]),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_native_agrees_on_any_shape(sizes, p, seed):
+    tensors = make(sizes, torch.float32, "cpu")
+    upstream = torch.randn(sizes[0], sizes[2])
+    try:
+        with use_backend("native"):
+            got = results(lambda *t: lora_linear(*t, 0.7, dropout_p=p, seed=seed), tensors, upstream)
+    except BackendError as error:
+        pytest.skip(str(error))
+    for value, reference in zip(got, oracle(tensors, upstream, 0.7, p, seed), strict=True):
+        assert relative_error(value, reference) <= 1e-5
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_gradients(on_backend, device, p):
+    tensors = [tensor.requires_grad_() for tensor in make((2, 3, 5, 4, 2), torch.float64, device)]
+    with on_backend(OP, torch.float64):
+        assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, 0.7, dropout_p=p, seed=5), tensors)
+
+
+def test_double_backward_raises_clearly():
+    tensors = [tensor.requires_grad_() for tensor in make((3, 5, 4, 2), torch.float64, "cpu")]
+    y = lora_linear(*tensors, 1.0)
+    (grad,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_opcheck(device, requires_grad, p):
+    tensors = [tensor.requires_grad_(requires_grad) for tensor in make((2, 3, 6, 4, 2), torch.float32, device)]
+    seed = torch.tensor([3], device=device) if p else None
+    torch.library.opcheck(_lora_linear, (*tensors, 0.7, p, seed))
+    x, weight, _, lora_A, lora_B = (tensor.detach() for tensor in tensors)
+    h, grad = torch.randn(6, 2, device=device), torch.randn(2, 3, 4, device=device)
+    for need_grad_x in (False, True):
+        torch.library.opcheck(_lora_linear_backward, (grad, x, h, weight, lora_A, lora_B, 0.7, p, seed, need_grad_x))
+
+
+def test_compiles_without_graph_breaks(device):
+    tensors = make((6, 8, 5, 3), torch.float32, device)
+    compiled = torch.compile(lambda *t: lora_linear(*t, 0.7), fullgraph=True, backend="aot_eager")
+    got = results(compiled, tensors, torch.ones(6, 5))
+    plain = results(lambda *t: lora_linear(*t, 0.7), tensors, torch.ones(6, 5))
+    assert all(torch.equal(*pair) for pair in zip(got, plain, strict=True))
+
+
+def test_autocast(device):
+    tensors = make((6, 8, 5, 3), torch.float32, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, *grads = results(lambda *t: lora_linear(*t, 0.7), tensors, torch.ones(6, 5))
+    assert y.dtype == torch.bfloat16
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    for value, reference in zip((y, *grads), oracle(tensors, torch.ones(6, 5), 0.7), strict=True):
+        assert relative_error(value, reference) <= 4 * RELATIVE[torch.bfloat16]
+
+
+X, W, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kwargs", "message"),
+    [
+        ((X[:, :2], W, None, A, B, 1.0), {}, "shapes do not fit"),
+        ((X, W, None, A, B.T, 1.0), {}, "shapes do not fit"),
+        ((X, W, torch.ones(3), A, B, 1.0), {}, "bias must have shape"),
+        ((X.double(), W, None, A, B, 1.0), {}, "must have x's dtype"),
+        ((X, W, None, A, B, 1.0), {"dropout_p": 1.5}, "dropout_p must be in"),
+        ((X, W, None, A, B, 1.0), {"dropout_p": float("nan")}, "dropout_p must be in"),
+    ],
+)
+def test_bad_input(arguments, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        lora_linear(*arguments, **kwargs)
