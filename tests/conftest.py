@@ -45,7 +45,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take `on_backend` run on every backend their module's OP has, on each device; others once a device."""
+    """Tests that take `on_backend` run on every backend that their module's OP has, on each device."""
     devices = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
     if "on_backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", _backend.backends_of(metafunc.module.OP), indirect=True)

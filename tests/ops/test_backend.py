@@ -1,0 +1,80 @@
+"""Which backend serves a call, and what happens when one is asked for that cannot."""
+
+import threading
+
+import pytest
+import torch
+
+import sensilora
+from sensilora.errors import BackendError
+from sensilora.ops import _backend, autocorrelation_diag
+
+
+def test_a_forced_backend_that_cannot_serve_says_why():
+    with sensilora.use_backend("triton"), pytest.raises(BackendError, match="has no triton implementation"):
+        sensilora.ops.diagonal_metrics(torch.ones(3))
+
+
+def test_unknown_names():
+    with pytest.raises(BackendError, match="choose one of triton, native, torch"), sensilora.use_backend("cuda"):
+        pass
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv("SENSILORA_BACKEND", "torch")
+    assert _backend.forced_backend() == "torch"
+    with sensilora.use_backend("native"):
+        assert _backend.forced_backend() == "native"
+    monkeypatch.setenv("SENSILORA_BACKEND", "fast")
+    with pytest.raises(BackendError, match="SENSILORA_BACKEND got 'fast'"):
+        autocorrelation_diag(torch.ones(2, 2))
+
+
+def test_nesting_and_exceptions_restore_the_choice():
+    with sensilora.use_backend("torch"):
+        with pytest.raises(ZeroDivisionError), sensilora.use_backend("native"):
+            raise ZeroDivisionError
+        assert _backend.forced_backend() == "torch"
+    assert _backend.forced_backend() is None
+
+
+def test_other_threads_see_the_choice():
+    seen = []
+    with sensilora.use_backend("torch"):
+        thread = threading.Thread(target=lambda: seen.append(_backend.forced_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["torch"]
+
+
+def test_an_error_in_a_kernel_is_not_a_fallback(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("kernel broke")
+
+    table = dict(_backend._table["autocorrelation_diag"])
+    table["native"] = _backend.Implementation(broken)
+    monkeypatch.setitem(_backend._table, "autocorrelation_diag", table)
+    monkeypatch.setattr(_backend, "_why_not_native", lambda op, device: None)
+    with pytest.raises(RuntimeError, match="kernel broke"):
+        autocorrelation_diag(torch.ones(2, 2))
+
+
+def test_unsupported_dtype_is_a_reason(monkeypatch):
+    monkeypatch.setattr(_backend, "_why_not_native", lambda op, device: None)
+    assert "not torch.float64" in _backend.why_not("diagonal_metrics", "native", "cpu", torch.float64)
+    assert _backend.why_not("diagonal_metrics", "native", "cpu", torch.float32) is None
+
+
+def test_triton_without_its_interpreter_says_how(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in _backend.why_not("autocorrelation_diag", "triton", "cpu", torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "wrongly" in _backend.why_not("autocorrelation_diag", "triton", "cpu", torch.bfloat16)
+    assert _backend.why_not("autocorrelation_diag", "triton", "cpu", torch.float32) is None
+
+
+def test_every_op_has_a_reference():
+    assert {"autocorrelation_diag", "fisher_diag", "diagonal_metrics", "lora_linear"} <= set(
+        _backend.registered_ops()
+    )
+    assert all("torch" in _backend.backends_of(op) for op in _backend.registered_ops())

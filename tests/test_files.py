@@ -1,0 +1,105 @@
+"""Writing files: whole or not at all."""
+
+import errno
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sensilora import _files
+from sensilora.errors import OutputExistsError
+
+
+def everything_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_write_replaces_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "deep" / "a.json"
+    _files.write_text(path, "one")
+    _files.write_text(path, "two")
+    assert path.read_text() == "two"
+    assert everything_in(path.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch, error):
+    path = tmp_path / "a.json"
+    _files.write_text(path, "old")
+
+    def fail(descriptor):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(error)):
+        _files.write_text(path, "new")
+    assert path.read_text() == "old"
+    assert everything_in(tmp_path) == ["a.json"]
+
+
+def test_write_tensors_round_trip(tmp_path):
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.ones(2, dtype=torch.bfloat16)}
+    _files.write_tensors(tmp_path / "x.safetensors", tensors)
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        path = _files.write_text(tmp_path / "a", "x")
+        with _files.output_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
+
+
+def test_output_folder_appears_whole(tmp_path):
+    target = tmp_path / "out" / "run"
+    with _files.output_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert everything_in(target) == ["a"]
+    assert everything_in(target.parent) == ["run"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
+def test_failed_output_folder_leaves_the_old_one(tmp_path, error):
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "old").write_text("1")
+
+    def fail():
+        with _files.output_folder(target, force=True) as folder:
+            (folder / "new").write_text("2")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert everything_in(target) == ["old"]
+    assert everything_in(tmp_path) == ["run"]
+
+
+def test_existing_output_needs_force(tmp_path):
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "old").write_text("1")
+    with pytest.raises(OutputExistsError, match=r"exists already; pass --force"), _files.output_folder(target):
+        pass
+    with _files.output_folder(target, force=True) as folder:
+        (folder / "new").write_text("2")
+    assert everything_in(target) == ["new"]
+    assert everything_in(tmp_path) == ["run"]
+
+
+def test_empty_existing_folder_is_fine_and_a_file_is_not(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with _files.output_folder(tmp_path / "empty") as folder:
+        (folder / "a").write_text("1")
+    assert everything_in(tmp_path / "empty") == ["a"]
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(OutputExistsError, match="is a file"), _files.output_folder(tmp_path / "file", force=True):
+        pass
