@@ -1,0 +1,259 @@
+"""The calibration driver: batches through a model, sensitivities of its weight matrices out."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import sensilora
+from sensilora import ops
+from sensilora.errors import CalibrationError, NonFiniteError, TargetError
+from sensilora.ops.fisher_diag import MODES
+from sensilora.sensitivity.activation import ActivationEstimator
+from sensilora.sensitivity.batches import Batch, progress_bar
+from sensilora.sensitivity.capture import Matrix, frozen, group_tied, wrapped_forwards
+from sensilora.sensitivity.fisher import FisherEstimator, LossFunction
+from sensilora.sensitivity.head import untrained_head, warmed_head
+from sensilora.sensitivity.report import EstimatorName, LabelSource, MatrixSensitivity, Mode, SensitivityReport
+from sensilora.targets import Targets, find_targets, fingerprint, model_id
+
+ESTIMATORS = ("activation", "fisher")
+LABELS = ("data", "model")
+
+Estimator = ActivationEstimator | FisherEstimator
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    estimator: EstimatorName = "activation",
+    targets: Targets = "all-linear",
+    mode: Mode = "per_sequence",
+    labels: LabelSource = "data",
+    draws: int = 1,
+    seed: int = 0,
+    k: float = 0.5,
+    alpha: float = 0.85,
+    loss_fn: LossFunction | None = None,
+    shift_labels: bool | None = None,
+    head_warmup_steps: int = 0,
+    progress: bool = True,
+) -> SensitivityReport:
+    """Measure how sensitive the loss is to each weight matrix, before fine-tuning.
+
+    The diagonal of a Hessian surrogate is accumulated for each matrix and reduced to trace, top-k mean and effective
+    rank (Sensitivity-LoRA, Zhang et al. 2025, arXiv 2509.09119, eqs. 8 to 10).
+
+    - "activation": diag(Σ_t x_t x_tᵀ) / tokens, in_features values, by forward passes alone (section 4.6). Needs no
+      labels; matrices that read the same input get the same numbers.
+    - "fisher": the squared gradient of each sequence's own summed loss, averaged over sequences, out · in values.
+      "per_sequence" squares after the sum over positions, (1/N) Σ_n (G_nᵀX_n)²; "per_position" before it,
+      (1/N) Σ_n (G_n∘G_n)ᵀ(X_n∘X_n), where each call of a module is a position of its own.
+
+    Padding (``attention_mask`` 0) and labels of -100 never count. The model runs in eval mode. Its training mode,
+    requires_grad, gradients, forwards, hooks and the random number generators are afterwards as they were, also after
+    an exception. All weights may be frozen; gradient checkpointing may be on; modules may run more than once and
+    share weights (a shared weight is one matrix, its calls' gradients added before they are squared).
+
+    Args:
+        model: any module whose forward takes the batch's entries as keyword arguments.
+        batches: dicts of tensors as a tokenizer or collator makes them, any iterable or DataLoader. Labels under
+            "labels" or "label"; they are not passed to the model, unless an encoder-decoder makes its decoder's
+            inputs from them.
+        estimator: "activation" or "fisher".
+        targets: which modules, see `sensilora.targets.find_targets`.
+        mode: how Fisher squares.
+        labels: Fisher's labels: "data" (empirical Fisher) or "model" (sampled from the model's own distribution; in
+            expectation the Gauss-Newton diagonal). Without labels in the batch, all that is not padding counts.
+        draws: label samples a sequence; one backward pass each.
+        seed: of the label samples.
+        k: fraction of the diagonal that the top-k mean covers, in (0, 1].
+        alpha: share of the trace that the effective rank must reach, in (0, 1].
+        loss_fn: ``loss_fn(outputs, batch)``, for a model without logits or with a loss of its own: the scalar loss
+            *summed* over the batch's sequences. The batch is on the model's device and has its labels.
+        shift_labels: whether logits at a position are for the next position's label; None: true for causal language
+            models by their class name (transformers' names).
+        head_warmup_steps: Fisher only: first train the classification head alone for so many batches (needs labels;
+            a one-shot iterable is kept in memory), and give it its weights back afterwards.
+        progress: show a progress bar (main process only).
+
+    Returns:
+        `SensitivityReport`, in module order.
+
+    Raises:
+        TargetError: no module matches `targets`, or some matched module never ran.
+        CalibrationError: an argument is invalid; the data is empty, not of dicts, or without the labels it needs; all
+            labels are ignored; or a module's rows cannot be attributed to sequences.
+        NonFiniteError: a NaN or Inf was met; the message names the parameter or module.
+
+    Warns:
+        UserWarning: Fisher on a classification head that looks newly initialised, without `head_warmup_steps`.
+    """
+    _check_arguments(estimator, mode, labels, draws, k, alpha, loss_fn, head_warmup_steps)
+    modules = find_targets(model, targets)
+    matrices = group_tied(modules)
+    _check_parameters(model)
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"batches is a {type(batches).__name__}; give an iterable of batches, for example [batch] or a DataLoader"
+        )
+    if head_warmup_steps and isinstance(batches, Iterator):
+        batches = list(batches)
+    observer: Estimator
+    if estimator == "activation":
+        observer = ActivationEstimator(model, modules, matrices)
+    else:
+        _warn_of_untrained_head(model, head_warmup_steps)
+        observer = FisherEstimator(
+            model,
+            modules,
+            matrices,
+            mode=mode,
+            labels=labels,
+            draws=draws,
+            seed=seed,
+            loss_fn=loss_fn,
+            shift_labels=shift_labels,
+        )
+    warmed = warmed_head(
+        model,
+        batches,
+        head_warmup_steps,
+        modules=modules,
+        loss_fn=loss_fn,
+        shift_labels=shift_labels,
+        progress=progress,
+    )
+    with frozen(model), warmed:
+        with (
+            wrapped_forwards(modules, observer.wrap),
+            progress_bar(batches, f"calibrating ({estimator})", show=progress) as bar,
+        ):
+            for raw in bar:
+                observer.observe(Batch(raw, model))
+        _check_coverage(observer, matrices)
+        measured = {matrix.name: _measure(observer, matrix, k, alpha) for matrix in _distinct(matrices)}
+    return SensitivityReport(
+        estimator=estimator,
+        mode=mode if estimator == "fisher" else None,
+        labels=labels if estimator == "fisher" else None,
+        draws=draws if estimator == "fisher" else 1,
+        seed=seed,
+        tokens=observer.tokens,
+        sequences=observer.sequences,
+        k=k,
+        alpha=alpha,
+        model_id=model_id(model),
+        fingerprint=fingerprint(model),
+        versions=_versions(),
+        matrices=measured,
+    )
+
+
+def _check_arguments(
+    estimator: str,
+    mode: str,
+    labels: str,
+    draws: int,
+    k: float,
+    alpha: float,
+    loss_fn: LossFunction | None,
+    head_warmup_steps: int,
+) -> None:
+    if estimator == "hutchinson":
+        raise CalibrationError("the estimator 'hutchinson' is not available in this version; use 'fisher'")
+    for name, value, choices in (
+        ("estimator", estimator, ESTIMATORS),
+        ("mode", mode, MODES),
+        ("labels", labels, LABELS),
+    ):
+        if value not in choices:
+            raise CalibrationError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")
+    for name, fraction in (("k", k), ("alpha", alpha)):
+        if not 0 < fraction <= 1:
+            raise CalibrationError(f"{name} must be in (0, 1], not {fraction}")
+    if draws < 1 or (draws > 1 and labels == "data"):
+        raise CalibrationError(f"draws={draws}: it must be 1, or at least 1 with labels='model'")
+    if loss_fn is not None and labels == "model":
+        raise CalibrationError("labels='model' samples from the logits, so it cannot be combined with loss_fn")
+    if head_warmup_steps < 0 or (head_warmup_steps and estimator != "fisher"):
+        raise CalibrationError(f"head_warmup_steps={head_warmup_steps}: it must be 0, or positive with 'fisher'")
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Found here, a NaN costs one read of the weights; found in a batch, it could hide behind the last target."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(f"the parameter {name!r} holds NaN or Inf; the checkpoint is damaged or diverged")
+
+
+def _warn_of_untrained_head(model: nn.Module, head_warmup_steps: int) -> None:
+    head = None if head_warmup_steps else untrained_head(model)
+    if head is not None:
+        warnings.warn(
+            f"the head {head!r} looks newly initialised, and gradients that come through it say nothing about the "
+            "task; pass head_warmup_steps (for example 100) to train it first, for calibration only",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _distinct(matrices: Mapping[str, Matrix]) -> list[Matrix]:
+    return [matrix for name, matrix in matrices.items() if name == matrix.name]
+
+
+def _check_coverage(observer: Estimator, matrices: Mapping[str, Matrix]) -> None:
+    """The data had sequences and tokens that count, and every matrix ran."""
+    if not observer.batches:
+        raise CalibrationError("the calibration data is empty; give at least one batch")
+    if not observer.tokens:
+        raise CalibrationError("the attention_mask of every calibration batch is 0 everywhere; no token counts")
+    if not observer.sequences:
+        raise CalibrationError(
+            "every label of the calibration data is ignored (-100, or padding by the attention_mask); "
+            "no sequence counts"
+        )
+    unseen = [matrix.name for matrix in _distinct(matrices) if not matrix.calls]
+    if unseen:
+        raise TargetError(
+            f"{len(unseen)} target modules never ran in any batch ({', '.join(unseen[:5])}"
+            f"{', ...' if len(unseen) > 5 else ''}); leave them out of targets, or give data that reaches them"
+        )
+
+
+def _measure(observer: Estimator, matrix: Matrix, k: float, alpha: float) -> MatrixSensitivity:
+    diagonal = observer.diagonal(matrix)
+    matrix.diagonal = None
+    if not bool(diagonal.isfinite().all()):
+        raise NonFiniteError(
+            f"the gradients of module {matrix.name!r} overflowed to Inf or NaN though the loss is finite; "
+            "calibrate in bfloat16 or float32"
+        )
+    metrics = ops.diagonal_metrics(diagonal, k=k, alpha=alpha)
+    return MatrixSensitivity(
+        shape=matrix.shape,
+        trace=float(metrics.trace),
+        topk_mean=float(metrics.topk_mean),
+        effective_rank=int(metrics.effective_rank),
+        tokens=matrix.tokens,
+        calls=matrix.calls,
+        aliases=tuple(matrix.modules[1:]),
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "sensilora": sensilora.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+    if "transformers" in sys.modules:
+        versions["transformers"] = sys.modules["transformers"].__version__
+    return versions
