@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -118,11 +118,15 @@ def _plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 def _matching(modules: dict[str, nn.Module], suffixes: Iterable[str]) -> list[str]:
     names = []
     for suffix in suffixes:
-        found = [name for name in modules if name == suffix or name.endswith("." + suffix)]
+        found = [name for name in modules if _is_suffix(suffix, name)]
         if not found:
             raise AdapterError(f"modules_to_save names {suffix!r}, which the model does not have")
         names += found
     return names
+
+
+def _is_suffix(suffix: str, name: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
 
 
 def _install(model: Model, layers: dict[str, VarRankLoRALinear], saved: list[str]) -> Model:
@@ -290,16 +294,17 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, dropout: float
     modules = _plain_modules(model)
     pairs, plain = _split(tensors)
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    # PEFT names every usual head in modules_to_save, whether or not the model has it.
+    saved = [name for name in modules if any(_is_suffix(suffix, name) for suffix in config.modules_to_save or ())]
     for name, tensor in plain.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise AdapterError(f"{folder} holds {name} {tuple(tensor.shape)}, which does not fit this model")
+        if not any(name.startswith(module + ".") for module in saved):
+            raise AdapterError(
+                f"{folder} holds {name}, but modules_to_save in {CONFIG_FILE} does not name its module"
+            )
     for name, pair in pairs.items():
         _check_fit(folder, name, modules.get(name), pair, config.rank_of(name))
-    saved = [
-        name
-        for name in _matching(modules, config.modules_to_save or ())
-        if any(key.startswith(name + ".") for key in plain)
-    ]
     layers = {}
     for name, (lora_A, lora_B) in pairs.items():
         layer = layers[name] = VarRankLoRALinear(
@@ -350,6 +355,16 @@ class _AdapterConfig(BaseModel):
     modules_to_save: list[str] | None = None
     use_dora: bool = False
     lora_bias: bool = False
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _keys_compile(cls, patterns: dict[str, Any] | None) -> dict[str, Any] | None:
+        for key in patterns or {}:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{key!r} is not a valid regular expression ({error})") from error
+        return patterns
 
     def rank_of(self, name: str) -> int:
         return _pattern_value(self.rank_pattern, name, self.r)
