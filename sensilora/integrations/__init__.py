@@ -1,0 +1,1 @@
+"""Bridges to other libraries; the only modules that import peft and transformers."""
