@@ -41,6 +41,10 @@ class AdapterError(SensiloraError, ValueError):
     """An adapter folder is incomplete, damaged, or does not fit the model."""
 
 
+class ModelError(SensiloraError, OSError):
+    """A model or tokenizer cannot be found or loaded."""
+
+
 class DataError(SensiloraError, ValueError):
     """A data file cannot be read as JSONL or text, or lacks a field."""
 
