@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sensilora.kernels._common import multiprocessors
+
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
 # Programs a multiprocessor should have in flight for the loads to cover the memory latency.
@@ -75,8 +77,7 @@ def launch_autocorrelation_diag(
         return
     strips = triton.cdiv(columns, BLOCK_COLUMNS)
     tiles = triton.cdiv(rows, BLOCK_ROWS)
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    splits = max(1, min(tiles, triton.cdiv(multiprocessors * PROGRAMS_PER_SM, strips)))
+    splits = max(1, min(tiles, triton.cdiv(multiprocessors(x.device) * PROGRAMS_PER_SM, strips)))
     tiles_per_split = triton.cdiv(tiles, splits)
     partial = torch.empty(
         splits, columns, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from sensilora.ops import _backend
 from sensilora.ops._backend import Implementation
-from sensilora.ops._dropout import dropout
+from sensilora.ops._dropout import dropout, keep_scale, threshold
 
 
 def lora_linear(
@@ -87,11 +87,13 @@ def _seed_value(seed: Tensor | None) -> int:
 
 
 def _reference(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     h = linear(dropout(x, dropout_p, _seed_value(seed)), lora_A)
     return linear(x, weight, bias) + scaling * linear(h, lora_B), h
 
 
 def _reference_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
+    lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     dropped = dropout(x, dropout_p, _seed_value(seed))
     q = scaling * (grad @ lora_B)
     grad_A = q.T @ dropped
@@ -103,19 +105,56 @@ def _reference_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, 
 
 
 def _native(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
-    return torch.ops.sensilora_C.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, _seed_value(seed))
+    return torch.ops.sensilora_C.lora_linear(
+        x, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, dropout_p, _seed_value(seed)
+    )
 
 
 def _native_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
     return torch.ops.sensilora_C.lora_linear_backward(
-        grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, _seed_value(seed), need_grad_x
+        grad, x, h, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, dropout_p, _seed_value(seed), need_grad_x
     )
 
 
+def _triton(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    from sensilora.kernels.lora_linear import launch_lora_linear
+
+    with torch.cuda.device_of(x):
+        return launch_lora_linear(
+            x, weight, bias, lora_A, lora_B, scaling, threshold(dropout_p), keep_scale(dropout_p), seed
+        )
+
+
+def _triton_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
+    from sensilora.kernels.lora_linear import launch_lora_linear_backward
+
+    with torch.cuda.device_of(x):
+        return launch_lora_linear_backward(
+            grad,
+            x,
+            h,
+            weight,
+            lora_A,
+            lora_B,
+            scaling,
+            threshold(dropout_p),
+            keep_scale(dropout_p),
+            seed,
+            need_grad_x,
+        )
+
+
 _NATIVE_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16})
-_backend.register("lora_linear", native=Implementation(_native, _NATIVE_DTYPES), torch=Implementation(_reference))
+_TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_backend.register(
+    "lora_linear",
+    triton=Implementation(_triton, _TRITON_DTYPES),
+    native=Implementation(_native, _NATIVE_DTYPES),
+    torch=Implementation(_reference),
+)
 _backend.register(
     "lora_linear_backward",
+    triton=Implementation(_triton_backward, _TRITON_DTYPES),
     native=Implementation(_native_backward, _NATIVE_DTYPES),
     torch=Implementation(_reference_backward),
 )
@@ -134,7 +173,7 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(x).contiguous()
     implementation = _backend.select("lora_linear", x.device, x.dtype)
-    y, h = implementation(rows, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, dropout_p, seed)
+    y, h = implementation(rows, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     return y.reshape(*x.shape[:-1], weight.shape[0]), h
 
 
@@ -160,7 +199,7 @@ def _lora_linear_backward(
     grad = _rows(grad).contiguous()
     implementation = _backend.select("lora_linear_backward", x.device, x.dtype)
     grad_x, grad_A, grad_B = implementation(
-        grad, rows, h, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, dropout_p, seed, need_grad_x
+        grad, rows, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x
     )
     return grad_x.reshape(x.shape) if need_grad_x else grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
 
