@@ -1,0 +1,70 @@
+// The dropout of the LoRA input, with a mask that any part of it can be made again from (philox.h).
+#include "dropout.h"
+
+#include <algorithm>
+
+#include "philox.h"
+
+namespace sensilora {
+namespace {
+
+template <class T, bool kAdd>
+struct DropRow {
+  template <int kVectorBytes>
+  SENSILORA_INLINE static void run(const T* x, T* out, int64_t columns, int64_t row, int64_t seed,
+                                   uint32_t threshold) {
+    using A = accumulate_t<T>;
+    const A scale = static_cast<A>(dropout_scale(threshold));
+    for (int64_t begin = 0; begin < columns; begin += kPhiloxColumns) {
+      uint16_t bits[kPhiloxColumns];
+      philox_bits(static_cast<uint32_t>(begin / 8), row, seed, bits);
+      const int64_t width = std::min<int64_t>(kPhiloxColumns, columns - begin);
+#pragma GCC ivdep
+      for (int64_t j = 0; j < width; ++j) {
+        const A kept = bits[j] >= threshold ? static_cast<A>(to_float(x[begin + j])) * scale : A{0};
+        out[begin + j] = static_cast<T>(kAdd ? static_cast<A>(to_float(out[begin + j])) + kept : kept);
+      }
+    }
+  }
+};
+
+template <bool kAdd>
+void drop_into(const Matrix& x, const Tensor& out, uint32_t threshold, int64_t seed) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, x.columns));
+  for_floating_type(out.scalar_type(), "x", [&](auto tag) {
+    using T = decltype(tag);
+    T* data = static_cast<T*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(0, x.rows, grain, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        dispatch<DropRow<T, kAdd>>(x.row<T>(t), data + t * x.columns, x.columns, t, seed, threshold);
+    });
+  });
+}
+
+// x (rows, columns), p in [0, 1] -> a new tensor of x's shape and dtype.
+Tensor dropout(const Tensor& x, double p, int64_t seed) {
+  const NoGrad guard;
+  check_dropout(p);
+  const Matrix matrix = as_matrix(x, "x");
+  Tensor out = torch::stable::new_empty(x, {matrix.rows, matrix.columns});
+  drop_into<false>(matrix, out, dropout_threshold(p), seed);
+  return out;
+}
+
+}  // namespace
+
+void check_dropout(double p) { STD_TORCH_CHECK(p >= 0 && p <= 1, "the dropout probability must be in [0, 1], not ", p); }
+
+bool drops_any(double p) { return dropout_threshold(p) > 0; }
+
+Tensor dropped(const Tensor& x, double p, int64_t seed) { return drops_any(p) ? dropout(x, p, seed) : x; }
+
+void add_dropped(const Tensor& into, const Tensor& x, double p, int64_t seed) {
+  drop_into<true>(as_matrix(x, "x"), into, dropout_threshold(p), seed);
+}
+
+}  // namespace sensilora
+
+STABLE_TORCH_LIBRARY_IMPL(sensilora_C, CPU, m) {
+  m.impl("dropout", TORCH_BOX(&sensilora::dropout));
+}

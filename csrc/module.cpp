@@ -1,0 +1,16 @@
+// sensilora._C: importing it loads the shared library, which registers the ops; it also tells how it was built.
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include "cpu.h"
+
+#ifndef SENSILORA_WITH_CUDA
+#define SENSILORA_WITH_CUDA 0
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("compiler") = "C++ " __VERSION__;
+  m.attr("torch_version") = TORCH_VERSION;
+  m.attr("cuda") = static_cast<bool>(SENSILORA_WITH_CUDA);
+  m.def("cpu_level", &sensilora::cpu_level_name, "The vector instructions the CPU ops use on this machine.");
+}

@@ -1,0 +1,55 @@
+// The dropout mask: Philox4x32-10 keyed by the seed and counted by (column block, row), so that it depends on
+// neither tiling nor threads, and forward and backward make it anew instead of storing it.
+//
+// Element (row t, column c) lies in block b = c / 8, lane l = c % 8. Counter (b, t low, t high, 0), key (seed low,
+// seed high). Lane l takes 16 bits: output word l / 2, the lower half for even l, the upper for odd. The element is
+// kept where those bits >= round(p * 65536).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu.h"
+
+namespace sensilora {
+
+constexpr int kPhiloxBlocks = 16;
+constexpr int kPhiloxColumns = 8 * kPhiloxBlocks;
+
+// The 16-bit numbers of columns [8 * block, 8 * block + 128) of a row.
+SENSILORA_INLINE void philox_bits(uint32_t block, int64_t row, int64_t seed, uint16_t* bits) {
+  uint32_t c0[kPhiloxBlocks], c1[kPhiloxBlocks], c2[kPhiloxBlocks], c3[kPhiloxBlocks];
+  for (int i = 0; i < kPhiloxBlocks; ++i) {
+    c0[i] = block + i;
+    c1[i] = static_cast<uint32_t>(row);
+    c2[i] = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
+    c3[i] = 0;
+  }
+  uint32_t key0 = static_cast<uint32_t>(seed);
+  uint32_t key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int i = 0; i < kPhiloxBlocks; ++i) {
+      const uint64_t product0 = uint64_t{0xD2511F53} * c0[i];
+      const uint64_t product1 = uint64_t{0xCD9E8D57} * c2[i];
+      c0[i] = static_cast<uint32_t>(product1 >> 32) ^ c1[i] ^ key0;
+      c2[i] = static_cast<uint32_t>(product0 >> 32) ^ c3[i] ^ key1;
+      c1[i] = static_cast<uint32_t>(product1);
+      c3[i] = static_cast<uint32_t>(product0);
+    }
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+  for (int i = 0; i < kPhiloxBlocks; ++i) {
+    const uint32_t words[4] = {c0[i], c1[i], c2[i], c3[i]};
+    for (int l = 0; l < 8; ++l) bits[8 * i + l] = static_cast<uint16_t>(words[l >> 1] >> (16 * (l & 1)));
+  }
+}
+
+// round(p * 65536), half to even; 65536 drops everything.
+inline uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(std::nearbyint(p * 65536.0)); }
+
+// What kept elements are multiplied by.
+inline double dropout_scale(uint32_t threshold) { return threshold >= 65536 ? 0.0 : 65536.0 / (65536.0 - threshold); }
+
+}  // namespace sensilora
