@@ -375,7 +375,7 @@ class RankPlan(_Record):
 
 def budget_total(kind: BudgetKind, value: float, matrices: int) -> int:
     """The whole number of ranks or parameters that a budget allows; an average rank is rounded down."""
-    # The small term keeps an average such as 4.1 on 10 matrices (40.99999999999999) from losing a rank.
+    # The small term keeps an average such as 4.35 on 100 matrices (434.99999999999994) from losing a rank.
     return math.floor(value * matrices + 1e-9) if kind == "average_rank" else int(value)
 
 

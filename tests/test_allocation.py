@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,9 @@ from sensilora.allocation import (
     tie_groups,
 )
 from sensilora.errors import BudgetError, NonFiniteError, RankError, SensiloraError
+from sensilora.sensitivity.calibrate import calibrate
 from sensilora.sensitivity.report import SensitivityReport
+from sensilora.targets import fingerprint
 from tests.reports import encoder_report, make_report
 
 few = settings(max_examples=60, deadline=None)
@@ -325,9 +328,9 @@ def test_a_model_without_sensitivity_gets_equal_ranks():
 
 
 def test_average_rank_is_rounded_down_once():
-    report = make_report({f"m{i}": (1, 1, 1) for i in range(10)})
-    assert allocate(report, average_rank=4.1).budget.used == 41  # 4.1 * 10 is 40.99999999999999 in floating point
-    assert allocate(report, average_rank=4.19).budget.used == 41
+    report = make_report({f"m{i}": (1, 1, 1) for i in range(100)})
+    assert allocate(report, average_rank=4.35).budget.used == 435  # 4.35 * 100 is 434.99999999999994
+    assert allocate(report, average_rank=4.359).budget.used == 435
 
 
 def test_parameter_budget_counts_both_matrices_of_the_adapter():
@@ -381,6 +384,25 @@ def test_large_models_meet_a_parameter_budget_quickly(widths, left_over):
     plan = allocate(report, total_parameters=20_000_000)
     assert plan.budget.left_over == left_over
     assert time.perf_counter() - start < 10
+
+
+def test_from_a_calibrated_model():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=50))
+    batch = {"input_ids": torch.arange(48).reshape(4, 12), "attention_mask": torch.ones(4, 12, dtype=torch.long)}
+    report = calibrate(model, [batch], progress=False)
+    plan = allocate(report, total_parameters=4000)
+    assert list(plan.ranks) == list(report)
+    assert plan.fingerprint == fingerprint(model)
+    # Every cost is 64 or 96, so a multiple of 32 is spent.
+    assert (plan.budget.used, plan.budget.left_over) == (4000, 0)
+    # Projections of one input have one diagonal, and so ranks that differ by rounding at most.
+    for layer in range(2):
+        names = [f"encoder.layer.{layer}.attention.self.{part}" for part in ("query", "key", "value")]
+        assert len({plan.matrices[name].score_fused for name in names}) == 1
+        ranks = [plan.ranks[name] for name in names]
+        assert max(ranks) - min(ranks) <= 1
 
 
 def test_scaling_rules():

@@ -7,13 +7,14 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from sensilora.allocation import allocate
 from sensilora.errors import PlanError, RankError
-from sensilora.plan import RankPlan
+from sensilora.plan import Calibration, PlanEntry, RankPlan
 from tests.reports import encoder_report, make_report
 
 
@@ -131,6 +132,20 @@ def test_scaling_of():
     assert [rslora.scaling_of(name) for name in "abc"] == [3 / math.sqrt(2), 3 / math.sqrt(6), 0.0]
     with pytest.raises(KeyError, match="nobody"):
         constant.scaling_of("nobody")
+
+
+def test_the_documentations_example_is_a_plan(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "plan_file.md").read_text(encoding="utf-8")
+    example = re.search(r"```json\n(.*?)```", text, re.DOTALL).group(1)
+    file = tmp_path / "plan.json"
+    file.write_text(example, encoding="utf-8")
+    plan = RankPlan.load(file)
+    assert plan.save(file).read_text(encoding="utf-8") == example
+    described = {
+        field for line in text.splitlines() if line.startswith("| `") for field in re.findall(r"`(\w+)", line)
+    }
+    for model in (RankPlan, PlanEntry, Calibration):
+        assert set(model.model_fields) <= described
 
 
 # --- other ways to a plan
