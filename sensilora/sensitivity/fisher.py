@@ -27,7 +27,6 @@ from sensilora.sensitivity.capture import (
     wrapped_forwards,
 )
 from sensilora.sensitivity.losses import Likelihood, likelihood
-from sensilora.targets import is_conv1d
 
 #: loss_fn(outputs, batch): the loss summed (not averaged) over the batch's sequences.
 LossFunction = Callable[[Any, dict[str, Any]], Tensor]
@@ -37,28 +36,26 @@ _FP16_LOSS_SCALE = 2.0**10
 
 
 class _Probe(torch.autograd.Function):
-    """A linear module's forward whose backward hands (input, output gradient) on.
+    """The identity on a linear module's output; its backward hands (input, output gradient) on.
 
     Works with frozen weights because `anchor` requires a gradient (it gets none), and under both modes of gradient
-    checkpointing: the saved tensors obey the checkpoint, and the backward runs exactly once.
+    checkpointing: the saved input obeys the checkpoint, and the backward runs exactly once.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, anchor, forward, deliver):
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, output, x, anchor, deliver):
+        ctx.save_for_backward(x)
         ctx.deliver = deliver
-        return forward(x)
+        # Not `output` itself: autograd would return a view of it, on which an in-place activation is forbidden.
+        # Sharing the storage is safe, for the backward of a linear map does not read its output.
+        return output.data
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        x, weight = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         ctx.deliver(x, grad_output)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            # Under autocast the gradient's dtype is not the weight's.
-            grad_x = (grad_output @ weight.to(grad_output.dtype)).to(x.dtype)
-        return grad_x, None, None, None, None
+        return grad_output, None, None, None
 
 
 class _Root(torch.autograd.Function):
@@ -113,7 +110,6 @@ class FisherEstimator:
 
     def wrap(self, name: str, module: nn.Module, forward: Forward) -> Forward:
         matrix = self.matrices[name]
-        transposed = is_conv1d(module)
 
         def deliver(x: Tensor, grad_output: Tensor) -> None:
             self._receive(name, matrix, x, grad_output)
@@ -127,8 +123,7 @@ class FisherEstimator:
                 calls.hidden += not torch.is_grad_enabled()
                 matrix.calls += 1
                 matrix.tokens += rows_of(self.batch, name, x).count
-            weight: Any = module.weight
-            return _Probe.apply(x, weight.t() if transposed else weight, self._anchor, forward, deliver)
+            return _Probe.apply(forward(*args, **kwargs), x.detach(), self._anchor, deliver)
 
         return watched
 
