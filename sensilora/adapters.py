@@ -28,7 +28,7 @@ from sensilora.targets import fingerprint, is_conv1d, is_matrix, matrix_shape, m
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+KEY_PREFIX = "base_model.model."
 
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -205,10 +205,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
     saved: tuple[str, ...] = getattr(model, "_sensilora_modules_to_save", ())
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = layer.lora_B
     for name in saved:
-        for key, tensor in model.get_submodule(name).state_dict(prefix=f"{_PREFIX}{name}.").items():
+        for key, tensor in model.get_submodule(name).state_dict(prefix=f"{KEY_PREFIX}{name}.").items():
             tensors[key] = tensor
     with _files.output_folder(folder, force=force) as temporary:
         config = _adapter_config(model, layers, saved)
@@ -220,7 +220,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
 
 def _adapter_config(model: nn.Module, layers: dict[str, VarRankLoRALinear], saved: tuple[str, ...]) -> dict[str, Any]:
     ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: _whole(layer.scaling * layer.rank) for name, layer in layers.items()}
+    alphas = {name: as_alpha(layer.scaling * layer.rank) for name, layer in layers.items()}
     largest = max(ranks, key=lambda name: ranks[name])
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -249,7 +249,7 @@ def pattern_key(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def _whole(value: float) -> int | float:
+def as_alpha(value: float) -> int | float:
     """Alphas as integers where they are, since some loaders accept nothing else."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value
 
@@ -289,10 +289,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, dropout: float
         AdapterError: a file is damaged, of another kind than LoRA, or does not fit the model.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG_FILE)
-    tensors = _read_weights(folder / WEIGHTS_FILE)
+    config, pairs, plain = read_adapter(folder)
     modules = _plain_modules(model)
-    pairs, plain = _split(tensors)
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     # PEFT names every usual head in modules_to_save, whether or not the model has it.
     saved = [name for name in modules if any(_is_suffix(suffix, name) for suffix in config.modules_to_save or ())]
@@ -323,6 +321,21 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, dropout: float
     return _install(model, layers, saved)
 
 
+def read_adapter(
+    folder: str | os.PathLike[str],
+) -> tuple[AdapterConfig, dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Read and check a saved LoRA adapter, without a model.
+
+    Returns:
+        The config; (lora_A, lora_B) by module name; the tensors of the modules_to_save by parameter name.
+
+    Raises:
+        FileNotFoundError, AdapterError: as for `load_adapter`.
+    """
+    config = _read_config(Path(folder) / CONFIG_FILE)
+    return config, *_split(_read_weights(Path(folder) / WEIGHTS_FILE))
+
+
 def _check_fit(
     folder: Path, name: str, module: nn.Module | None, pair: tuple[Tensor, Tensor], configured_rank: int
 ) -> None:
@@ -342,10 +355,12 @@ def _check_fit(
         )
 
 
-class _AdapterConfig(BaseModel):
+class AdapterConfig(BaseModel):
     """The fields of PEFT's adapter_config.json that decide what the tensors mean; all others are ignored."""
 
     peft_type: Literal["LORA"]
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
     r: Annotated[int, Field(ge=1)]
     lora_alpha: Annotated[float, Field(gt=0)]
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -384,9 +399,9 @@ def _pattern_value(patterns: dict[str, Any] | None, name: str, default: Any) -> 
     return default
 
 
-def _read_config(path: Path) -> _AdapterConfig:
+def _read_config(path: Path) -> AdapterConfig:
     try:
-        config = _AdapterConfig.model_validate_json(path.read_bytes())
+        config = AdapterConfig.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; name a folder that save_adapter or PEFT wrote") from None
     except ValidationError as error:
@@ -416,9 +431,9 @@ def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]]
     lora: dict[str, dict[str, Tensor]] = {}
     plain = {}
     for key, tensor in tensors.items():
-        if not key.startswith(_PREFIX):
-            raise AdapterError(f"key {key!r} does not begin with {_PREFIX}; this is no PEFT adapter file")
-        name = key[len(_PREFIX) :]
+        if not key.startswith(KEY_PREFIX):
+            raise AdapterError(f"key {key!r} does not begin with {KEY_PREFIX}; this is no PEFT adapter file")
+        name = key[len(KEY_PREFIX) :]
         match = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", name)
         if match:
             lora.setdefault(match[1], {})[match[2]] = tensor

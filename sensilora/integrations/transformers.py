@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tqdm import tqdm
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.utils import logging as transformers_logging
 
+from sensilora.adapters import task_type
 from sensilora.data import Row
-from sensilora.errors import DataError, ModelError
+from sensilora.errors import DataError, ModelError, NonFiniteError
 from sensilora.sensitivity.batches import IGNORED
-from sensilora.targets import head_names
+from sensilora.targets import first_non_finite_parameter, head_names
 
 Batch = dict[str, Tensor]
 
@@ -252,3 +266,200 @@ def collate(examples: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:
         else torch.stack(rows)
         for key, rows in columns.items()
     }
+
+
+def require_fit(model: Any, tokenizer: Any) -> None:
+    """Raise where a tokenizer does not belong to a model, or a causal loss not to its architecture.
+
+    Raises:
+        ModelError: the tokenizer makes token ids the model has no embedding for, or `model` is a bidirectional
+            encoder loaded as a causal language model, which sees the tokens it should predict.
+    """
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise ModelError(
+            f"the tokenizer of {model.name_or_path} has {len(tokenizer)} tokens but the model only {embeddings} "
+            "embeddings; they belong to different models"
+        )
+    if task_type(model) != "CAUSAL_LM" or getattr(model.config, "is_decoder", False):
+        return
+    # transformers offers encoders such as BERT as causal models too, for use as decoders.
+    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ModelError(
+            f"{model.name_or_path} is a bidirectional encoder, not a causal language model; use it for classification"
+        )
+
+
+def length_limit(model: Any, max_length: int) -> int:
+    """`max_length`, or the model's number of positions where that is less."""
+    return min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
+
+
+def train_with_trainer(
+    model: Any,
+    examples: Sequence[dict[str, Any]],
+    folder: str | os.PathLike[str],
+    *,
+    pad_token_id: int,
+    epochs: float = 3,
+    batch_size: int = 32,
+    learning_rate: float = 5e-4,
+    weight_decay: float = 0.0,
+    warmup: float = 0.06,
+    seed: int = 0,
+    use_cpu: bool = False,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train the parameters that require gradients, with transformers' Trainer: AdamW, linear warm-up and decay.
+
+    Args:
+        model: trained in place, on the GPU if there is one; left there, in eval mode.
+        examples: from `encode_classification` or `encode_causal`; drawn in a random order that `seed` fixes.
+        folder: where the Trainer may put files of its own.
+        pad_token_id: of the tokenizer.
+        epochs: passes over the examples.
+        batch_size: examples a step.
+        learning_rate: at its peak.
+        weight_decay: of AdamW.
+        warmup: share of the steps in which the learning rate rises from 0.
+        seed: of the order and of dropout.
+        use_cpu: train on the CPU even if there is a GPU.
+        evaluate: called after each epoch; what it returns goes into the log.
+        progress: show a progress bar.
+
+    Returns:
+        The Trainer's log: dicts with "step", "epoch" and either "loss", "learning_rate", "grad_norm", or what
+        `evaluate` returned, or the run's totals.
+
+    Raises:
+        NonFiniteError: a trained parameter became NaN or Inf.
+    """
+    steps = math.ceil(len(examples) / batch_size) * epochs
+    with quiet():
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup_steps=round(warmup * steps),
+            lr_scheduler_type="linear",
+            optim="adamw_torch",
+            logging_steps=max(1, round(steps / 200)),
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            seed=seed,
+            use_cpu=use_cpu,
+        )
+        # With several GPUs the Trainer would wrap the model in nn.DataParallel; this is single-GPU training.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        trainer = Trainer(
+            model,
+            arguments,
+            data_collator=functools.partial(collate, pad_token_id=pad_token_id),
+            train_dataset=list(examples),
+            callbacks=[_Progress(evaluate, progress)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+    damaged = first_non_finite_parameter(model)
+    if damaged is not None:
+        raise NonFiniteError(f"training diverged: {damaged} holds NaN or Inf; lower the learning rate")
+    return trainer.state.log_history
+
+
+class _Progress(TrainerCallback):
+    """A bar with the latest loss, and an evaluation after each epoch."""
+
+    def __init__(self, evaluate: Callable[[], dict[str, float]] | None, show: bool) -> None:
+        self.evaluate, self.show = evaluate, show
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, desc="training", unit="step", disable=not self.show)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.evaluate is not None:
+            state.log_history.append({**self.evaluate(), "epoch": state.epoch, "step": state.global_step})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def evaluate_classifier(model: Any, batches: Sequence[Batch], *, progress: bool = True) -> dict[str, float]:
+    """Accuracy, macro-F1, mean cross-entropy and number of the labelled rows in `batches`.
+
+    Raises:
+        DataError: no row has a label.
+    """
+    gold: list[int] = []
+    predicted: list[int] = []
+    total = 0.0
+    with _evaluating(model, batches, progress) as bar:
+        for batch in bar:
+            labels = batch.pop("labels")
+            logits = model(**batch).logits.float()
+            total += float(nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
+            gold += labels[labels != IGNORED].tolist()
+            predicted += logits.argmax(-1)[labels != IGNORED].tolist()
+    if not gold:
+        raise DataError("no row has a label to compare with; name the field that holds it (--label-field)")
+    accuracy, macro_f1 = accuracy_and_macro_f1(gold, predicted)
+    return {"accuracy": accuracy, "macro_f1": macro_f1, "loss": total / len(gold), "rows": len(gold)}
+
+
+def evaluate_causal_lm(model: Any, batches: Sequence[Batch], *, progress: bool = True) -> dict[str, float]:
+    """Mean negative log-likelihood a predicted token (in nats), its exponential, and the number of those tokens.
+
+    Raises:
+        DataError: no row has a token to predict.
+    """
+    total, tokens = 0.0, 0
+    with _evaluating(model, batches, progress) as bar:
+        for batch in bar:
+            counted = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += float(model(**batch).loss) * counted
+            tokens += counted
+    if not tokens:
+        raise DataError("no row is longer than one token, so there is nothing to predict")
+    loss = total / tokens
+    return {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+
+
+def accuracy_and_macro_f1(gold: Sequence[int], predicted: Sequence[int]) -> tuple[float, float]:
+    """Share of equal entries, and the unweighted mean of F1 over the classes that occur in either sequence."""
+    pairs = list(zip(gold, predicted, strict=True))
+    in_gold, in_predicted = Counter(gold), Counter(predicted)
+    hits = Counter(g for g, p in pairs if g == p)
+    classes = in_gold.keys() | in_predicted.keys()
+    f1 = [2 * hits[label] / (in_gold[label] + in_predicted[label]) for label in classes]
+    return sum(hits.values()) / len(pairs), math.fsum(f1) / len(f1)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any, batches: Sequence[Batch], progress: bool) -> Iterator[Iterator[Batch]]:
+    """The batches on the model's device; meanwhile the model is in eval mode and without gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not progress) as bar,
+        ):
+            yield ({key: value.to(model.device) for key, value in batch.items()} for batch in bar)
+    finally:
+        model.train(training)

@@ -96,15 +96,24 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., A
     Raises:
         BackendError: a backend was asked for and cannot serve this call.
     """
+    return _table[op][serving(op, device, dtype)].call
+
+
+def serving(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the backend that `select` takes.
+
+    Raises:
+        BackendError: a backend was asked for and cannot serve this call.
+    """
     forced = forced_backend()
     if forced is not None:
         reason = why_not(op, forced, device.type, dtype)
         if reason is not None:
             raise BackendError(f"backend {forced!r} was asked for but cannot serve {op} on {device.type}: {reason}")
-        return _table[op][forced].call
+        return forced
     for name in _ORDER.get(device.type, ("torch",)):
         if why_not(op, name, device.type, dtype) is None:
-            return _table[op][name].call
+            return name
     raise BackendError(f"no backend serves {op} on {device.type} tensors of {dtype}")
 
 
