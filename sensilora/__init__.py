@@ -1,7 +1,27 @@
-"""Sensitivity-based LoRA rank allocation and variable-rank LoRA kernels."""
+"""Sensitivity-based LoRA rank allocation and variable-rank LoRA kernels.
 
+The path through the package: `calibrate` a model on a little data, `allocate` ranks under one budget, `inject` the
+adapters, train as usual, `save_adapter` in PEFT's format. The layer itself is `sensilora.nn.VarRankLoRALinear`, the
+operations are in `sensilora.ops`.
+"""
+
+from sensilora.adapters import inject, load_adapter, merge, save_adapter, unload
+from sensilora.allocation import allocate
 from sensilora.ops import use_backend
+from sensilora.plan import RankPlan
+from sensilora.sensitivity import SensitivityReport, calibrate
 
 __version__ = "0.1.0"
 
-__all__ = ["use_backend"]
+__all__ = [
+    "RankPlan",
+    "SensitivityReport",
+    "allocate",
+    "calibrate",
+    "inject",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "unload",
+    "use_backend",
+]

@@ -67,8 +67,9 @@ def _reference(diag: Tensor, count: int, alpha: float) -> tuple[Tensor, Tensor, 
         zero = values.new_zeros(())
         return zero, zero.clone(), zero.long()
     reached = values.cumsum(0)
-    trace = reached[-1].clone()
-    effective_rank = (reached < alpha * trace).sum() + (trace > 0)
+    # sum() adds pairwise and cumsum() in sequence, so the last of `reached` may fall short of the trace by rounding.
+    trace = values.sum()
+    effective_rank = ((reached < alpha * trace).sum() + (trace > 0)).clamp(max=values.numel())
     # NaN sorts above everything, so the two ends of the sorted values tell of NaN, Inf and negative values.
     effective_rank = torch.where(values[-1] < 0, _NEGATIVE, effective_rank)
     effective_rank = torch.where(values[[0, -1]].isfinite().all(), effective_rank, _NON_FINITE)

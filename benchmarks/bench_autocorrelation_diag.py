@@ -1,0 +1,39 @@
+"""autocorrelation_diag against its torch reference. Limit: one read of x."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.harness import Case, relative_error
+from sensilora import use_backend
+from sensilora.ops import autocorrelation_diag
+
+SHAPES = {"cpu": [(2048, 384), (2048, 1536), (16384, 384)], "cuda": [(8192, 4096), (8192, 14336)]}
+DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
+
+
+def cases(device: str) -> list[Case]:
+    return [_case(device, rows, columns, dtype) for rows, columns in SHAPES[device] for dtype in DTYPES[device]]
+
+
+def _case(device: str, rows: int, columns: int, dtype: torch.dtype) -> Case:
+    x = torch.randn(rows, columns, device=device, dtype=dtype)
+    prefix = "cpu/" if device == "cpu" else ""
+
+    def reference():
+        with use_backend("torch"):
+            return autocorrelation_diag(x)
+
+    return Case(
+        id=f"{prefix}autocorrelation_diag/{rows}x{columns}/{str(dtype).removeprefix('torch.')}",
+        ours=lambda: autocorrelation_diag(x),
+        baseline=reference,
+        errors=lambda: [relative_error(autocorrelation_diag(x), x.double().square().sum(0))],
+        tolerance=1e-5,
+        peers={"x.square().sum(0), x's dtype": lambda: x.square().sum(0)},
+        floor_bytes=x.nbytes,
+    )
+
+
+def test_autocorrelation_diag(timed) -> None:
+    timed()
