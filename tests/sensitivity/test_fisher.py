@@ -174,6 +174,23 @@ def test_a_module_the_loss_does_not_depend_on_has_zero_sensitivity():
     assert report["blocks.0.up"].trace > 0
 
 
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_call_that_does_not_reach_the_loss_adds_nothing(draws):
+    class Discarding(Net):
+        def forward(self, input_ids, attention_mask=None):
+            for block in self.blocks:
+                block.up(self.embed(input_ids))
+            return super().forward(input_ids, attention_mask)
+
+    plain, model, batch = Net().double(), Discarding().double(), classification_batch(sequences(*LENGTHS), LABELS)
+    model.load_state_dict(plain.state_dict())
+    arguments = {"estimator": "fisher", "labels": "model", "draws": draws}
+    _, expected = diagonals(plain, [batch], **arguments)
+    report, found = diagonals(model, [batch], **arguments)
+    assert_close(found, expected, rtol=1e-13)
+    assert report["blocks.0.up"].calls == 2
+
+
 def test_frozen_and_trainable_models_agree_exactly():
     batch = classification_batch(sequences(*LENGTHS), LABELS)
     model = Net()
