@@ -26,7 +26,11 @@ def cuda_problem(cpp_extension, torch) -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     root = cpp_extension.CUDA_HOME
     # An `nvcc` wrapper on PATH makes torch guess a root that holds neither headers nor libraries.
-    if root is None or not Path(root, "bin", "nvcc").is_file() or not Path(root, "include", "cuda_runtime.h").is_file():
+    if (
+        root is None
+        or not Path(root, "bin", "nvcc").is_file()
+        or not Path(root, "include", "cuda_runtime.h").is_file()
+    ):
         return f"no CUDA toolkit with nvcc and headers was found (CUDA_HOME is {root})"
     return None
 

@@ -21,7 +21,7 @@ constexpr int64_t kLowBins = 1 << 16;
 // Within one chunk a bin's sum of 16-bit parts stays below 2^36 and shares a word with its count.
 constexpr int64_t kChunk = 1 << 20;
 constexpr int kCountShift = 36;
-constexpr int64_t kSortBelow = 1 << 13;
+constexpr int64_t kFew = 1 << 14;
 constexpr uint64_t kSumMask = (uint64_t{1} << kCountShift) - 1;
 
 // A value as mantissa * 2^(shift - 149).
@@ -102,6 +102,84 @@ class ExactSum {
   std::array<uint64_t, kLimbs> limbs_{};
 };
 
+// Values with one exponent and some equal upper bits, or only equal ones: their smallest possible bit pattern, how many
+// there are, and the sum of what their mantissas hold beyond that pattern's.
+struct Group {
+  uint32_t float_bits;
+  uint64_t count;
+  uint64_t low_sum;
+};
+using Groups = std::vector<Group>;  // descending
+
+// The values from the largest down to some point: how many, and their sum.
+struct Head {
+  uint64_t count = 0;
+  ExactSum sum;
+
+  Head with(uint64_t more, uint64_t low_sum, uint32_t float_bits) const {
+    const Decoded value = decode(float_bits);
+    Head result = *this;
+    result.count += more;
+    result.sum.add(static_cast<unsigned __int128>(value.mantissa) * more + low_sum, value.shift);
+    return result;
+  }
+  Head with(const Group& group) const { return with(group.count, group.low_sum, group.float_bits); }
+};
+
+// Where the descending order is cut: the head of larger values and the group the cut falls into.
+struct Cut {
+  Head above;
+  Group group{};
+};
+
+// Moves the cut down to the first of the groups whose end satisfies `reached`.
+template <class Reached>
+Cut advance(Cut cut, const Groups& groups, const Reached& reached) {
+  for (const Group& group : groups) {
+    cut.group = group;
+    const Head next = cut.above.with(group);
+    if (reached(next)) break;
+    cut.above = next;
+  }
+  return cut;
+}
+
+struct Metrics {
+  double trace, topk_mean;
+  int64_t effective_rank;
+};
+
+// The metrics of values in `groups`; refine(a, b) gives the groups of equal values that two of the groups consist of.
+template <class Refine>
+Metrics metrics_of(const Groups& groups, int64_t count, double alpha, const Refine& refine) {
+  const Head all = advance({}, groups, [](const Head&) { return false; }).above;
+  const double trace = all.sum.to_double();
+  // The product rounds, and may round above the exact trace where alpha is 1.
+  const ExactSum target = std::min(ExactSum::at_least(alpha * trace), all.sum);
+  const auto has_count = [&](const Head& head) { return head.count >= static_cast<uint64_t>(count); };
+  const auto has_sum = [&](const Head& head) { return !(head.sum < target); };
+  Cut kth = advance({}, groups, has_count);
+  Cut crossing = advance({}, groups, has_sum);
+  const auto [kth_groups, crossing_groups] = refine(kth.group, crossing.group);
+  kth = advance(kth, kth_groups, has_count);
+  crossing = advance(crossing, crossing_groups, has_sum);
+
+  const Head top = kth.above.with(count - kth.above.count, 0, kth.group.float_bits);
+  const double topk_mean = top.sum.to_double() / static_cast<double>(count);
+  if (trace == 0) return {trace, topk_mean, 0};
+  // Fewest copies of the crossing value that reach the target; all of them do.
+  uint64_t too_few = 0, enough = crossing.group.count;
+  while (enough - too_few > 1) {
+    const uint64_t middle = too_few + (enough - too_few) / 2;
+    (has_sum(crossing.above.with(middle, 0, crossing.group.float_bits)) ? enough : too_few) = middle;
+  }
+  return {trace, topk_mean, static_cast<int64_t>(crossing.above.count + enough)};
+}
+
+// How values that have no metrics are reported.
+constexpr Metrics kNonFinite{NAN, NAN, -1};
+constexpr Metrics kNegative{NAN, NAN, -2};
+
 template <class T>
 struct Format;
 template <>
@@ -109,31 +187,29 @@ struct Format<float> {
   using Bits = uint32_t;
   static constexpr int kLowBits = 16;
   static constexpr uint32_t kInfinity = 0x7f80;  // upper 16 bits
-  static uint32_t float_bits(uint32_t bin) { return bin << 16; }
+  static uint32_t float_bits(uint32_t bits) { return bits; }
 };
 template <>
 struct Format<BFloat16> {
   using Bits = uint16_t;
   static constexpr int kLowBits = 0;
   static constexpr uint32_t kInfinity = 0x7f80;
-  static uint32_t float_bits(uint32_t bin) { return bin << 16; }
+  static uint32_t float_bits(uint32_t bits) { return bits << 16; }
 };
 template <>
 struct Format<Half> {
   using Bits = uint16_t;
   static constexpr int kLowBits = 0;
   static constexpr uint32_t kInfinity = 0x7c00;
-  static uint32_t float_bits(uint32_t bin) {
-    const float value = Half(static_cast<uint16_t>(bin), Half::from_bits());
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    return bits;
+  static uint32_t float_bits(uint32_t bits) {
+    const float value = Half(static_cast<uint16_t>(bits), Half::from_bits());
+    uint32_t result;
+    std::memcpy(&result, &value, sizeof(result));
+    return result;
   }
 };
-
-// What is reported as the effective rank of a vector that has none.
-constexpr int64_t kNonFinite = -1;
-constexpr int64_t kNegative = -2;
+template <class T>
+constexpr typename Format<T>::Bits kSign = typename Format<T>::Bits{1} << (8 * sizeof(typename Format<T>::Bits) - 1);
 
 struct Histogram {
   std::vector<uint64_t> count = std::vector<uint64_t>(kBins, 0);
@@ -145,7 +221,6 @@ template <class T>
 Histogram count_bins(const typename Format<T>::Bits* values, int64_t size) {
   using Bits = typename Format<T>::Bits;
   constexpr int kLow = Format<T>::kLowBits;
-  constexpr Bits kSign = Bits{1} << (8 * sizeof(Bits) - 1);
   constexpr Bits kLowMask = (Bits{1} << kLow) - 1;
   Histogram total;
   std::mutex merging;
@@ -159,7 +234,7 @@ Histogram count_bins(const typename Format<T>::Bits* values, int64_t size) {
       Bits largest = 0;
       const auto put = [&](std::vector<uint64_t>& table, Bits bits) {
         largest = std::max(largest, bits);
-        table[(bits & ~kSign) >> kLow] += (uint64_t{1} << kCountShift) | (bits & kLowMask);
+        table[(bits & ~kSign<T>) >> kLow] += (uint64_t{1} << kCountShift) | (bits & kLowMask);
       };
       int64_t i = chunk * kChunk;
       for (; i + 1 < end; i += 2) {
@@ -168,7 +243,7 @@ Histogram count_bins(const typename Format<T>::Bits* values, int64_t size) {
       }
       if (i < end) put(even, values[i]);
       const std::lock_guard<std::mutex> lock(merging);
-      total.negative |= largest > kSign;  // kSign itself is minus zero
+      total.negative |= largest > kSign<T>;  // kSign itself is minus zero
       for (int64_t bin = 0; bin < kBins; ++bin) {
         const uint64_t word = even[bin] + odd[bin];
         total.count[bin] += word >> kCountShift;
@@ -179,174 +254,93 @@ Histogram count_bins(const typename Format<T>::Bits* values, int64_t size) {
   return total;
 }
 
-// For each of two bins, how many of its values have each lower half.
-using LowCounts = std::array<std::vector<uint64_t>, 2>;
-
-LowCounts count_low_halves(const uint32_t* values, int64_t size, std::array<uint32_t, 2> bins) {
-  LowCounts total{std::vector<uint64_t>(kLowBins, 0), std::vector<uint64_t>(kLowBins, 0)};
+// The equal values that two bins of float32 values consist of.
+std::array<Groups, 2> split_bins(const uint32_t* values, int64_t size, std::array<uint32_t, 2> bins) {
+  std::array<std::vector<uint64_t>, 2> counts{std::vector<uint64_t>(kLowBins, 0), std::vector<uint64_t>(kLowBins, 0)};
   std::mutex merging;
   torch::stable::parallel_for(0, ceil_div(size, kChunk), 1, [&](int64_t first, int64_t last) {
-    LowCounts mine{std::vector<uint64_t>(kLowBins, 0), std::vector<uint64_t>(kLowBins, 0)};
+    auto mine = std::array{std::vector<uint64_t>(kLowBins, 0), std::vector<uint64_t>(kLowBins, 0)};
     const int64_t end = std::min(size, last * kChunk);
     for (int64_t i = first * kChunk; i < end; ++i) {
-      const uint32_t bin = (values[i] & 0x7fffffff) >> 16;
+      const uint32_t bin = (values[i] & ~kSign<float>) >> 16;
       if (bin == bins[0]) ++mine[0][values[i] & 0xffff];
       if (bin == bins[1]) ++mine[1][values[i] & 0xffff];
     }
     const std::lock_guard<std::mutex> lock(merging);
     for (int b = 0; b < 2; ++b)
-      for (int64_t low = 0; low < kLowBins; ++low) total[b][low] += mine[b][low];
+      for (int64_t low = 0; low < kLowBins; ++low) counts[b][low] += mine[b][low];
   });
-  return total;
+  std::array<Groups, 2> groups;
+  for (int b = 0; b < 2; ++b)
+    for (int64_t low = kLowBins - 1; low >= 0; --low)
+      if (counts[b][low] != 0) groups[b].push_back({bins[b] << 16 | static_cast<uint32_t>(low), counts[b][low], 0});
+  return groups;
 }
-
-// The values from the largest down to some point: how many, and their sum.
-struct Head {
-  uint64_t count = 0;
-  ExactSum sum;
-
-  Head with(uint64_t more, Decoded value) const {
-    Head result = *this;
-    result.count += more;
-    result.sum.add(static_cast<unsigned __int128>(value.mantissa) * more, value.shift);
-    return result;
-  }
-};
-
-// A point in the descending order: the head of larger values, then `copies` equal values.
-struct Position {
-  Head above;
-  uint64_t copies = 0;
-  Decoded value{0, 0};
-  uint32_t bin = 0;
-};
-
-// Walks the lower halves of a bin downwards until the head satisfies `reached`.
-template <class Reached>
-Position refine(Position position, const std::vector<uint64_t>& low_counts, const Reached& reached) {
-  for (int64_t low = kLowBins - 1; low >= 0; --low) {
-    if (low_counts[low] == 0) continue;
-    position.copies = low_counts[low];
-    position.value = decode(position.bin << 16 | static_cast<uint32_t>(low));
-    const Head next = position.above.with(position.copies, position.value);
-    if (reached(next)) break;
-    position.above = next;
-  }
-  return position;
-}
-
-// What the three metrics are made from, with the descending order cut at the count and at the alpha crossing.
-struct Cuts {
-  int64_t problem = 0;  // kNonFinite or kNegative: the rest is empty
-  Head all{};
-  Position kth{}, crossing{};
-};
-
-// The conditions on a head of the order that place the two cuts.
-struct Reached {
-  uint64_t count;
-  ExactSum target;
-
-  // The product rounds, and may round above the exact trace where alpha is 1.
-  Reached(int64_t count, double alpha, const ExactSum& total)
-      : count(count), target(std::min(ExactSum::at_least(alpha * total.to_double()), total)) {}
-  bool by_count(const Head& head) const { return head.count >= count; }
-  bool by_sum(const Head& head) const { return !(head.sum < target); }
-};
 
 template <class T>
-Cuts cut_by_histogram(const typename Format<T>::Bits* values, int64_t size, int64_t count, double alpha) {
+Metrics metrics_of_many(const typename Format<T>::Bits* values, int64_t size, int64_t count, double alpha) {
   const Histogram histogram = count_bins<T>(values, size);
-  for (int64_t bin = Format<T>::kInfinity; bin < kBins; ++bin)
-    if (histogram.count[bin] != 0) return {kNonFinite};
-  if (histogram.negative) return {kNegative};
-  // Visits the bins downwards: each with its first value, its count and the head that ends with it.
-  const auto descend = [&](const auto& visit) {
-    Position position;
-    for (int64_t bin = kBins - 1; bin >= 0; --bin) {
-      if (histogram.count[bin] == 0) continue;
-      position.bin = static_cast<uint32_t>(bin);
-      position.copies = histogram.count[bin];
-      position.value = decode(Format<T>::float_bits(position.bin));
-      Head next = position.above.with(position.copies, position.value);
-      next.sum.add(histogram.low_sum[bin], position.value.shift);
-      if (visit(next)) break;
-      position.above = next;
-    }
-    return position;
-  };
-  const Head all = descend([](const Head&) { return false; }).above;
-  const Reached reached(count, alpha, all.sum);
-  const auto by_count = [&](const Head& head) { return reached.by_count(head); };
-  const auto by_sum = [&](const Head& head) { return reached.by_sum(head); };
-  Cuts cuts{0, all, descend(by_count), descend(by_sum)};
-  if constexpr (Format<T>::kLowBits != 0) {
-    const LowCounts low = count_low_halves(values, size, {cuts.kth.bin, cuts.crossing.bin});
-    cuts.kth = refine(cuts.kth, low[0], by_count);
-    cuts.crossing = refine(cuts.crossing, low[1], by_sum);
+  Groups groups;
+  for (int64_t bin = kBins - 1; bin >= 0; --bin) {
+    if (histogram.count[bin] == 0) continue;
+    if (bin >= Format<T>::kInfinity) return kNonFinite;
+    const uint32_t first = static_cast<uint32_t>(bin) << Format<T>::kLowBits;
+    groups.push_back({Format<T>::float_bits(first), histogram.count[bin], histogram.low_sum[bin]});
   }
-  return cuts;
+  if (histogram.negative) return kNegative;
+  return metrics_of(groups, count, alpha, [&](const Group& a, const Group& b) {
+    if constexpr (Format<T>::kLowBits == 0)
+      return std::array<Groups, 2>{Groups{a}, Groups{b}};
+    else
+      return split_bins(values, size, {a.float_bits >> 16, b.float_bits >> 16});
+  });
 }
 
-// For a few values clearing the tables would take longer than sorting.
+// The same for so few values that clearing those tables would take most of the time: one group an exponent, and
+// inside the groups that are cut, sorting.
 template <class T>
-Cuts cut_by_sorting(const typename Format<T>::Bits* values, int64_t size, int64_t count, double alpha) {
-  using Bits = typename Format<T>::Bits;
-  constexpr Bits kSign = Bits{1} << (8 * sizeof(Bits) - 1);
-  constexpr Bits kInfinity = Format<T>::kInfinity << Format<T>::kLowBits;
-  std::vector<Bits> sorted(values, values + size);
+Metrics metrics_of_few(const typename Format<T>::Bits* values, int64_t size, int64_t count, double alpha) {
+  constexpr int kFraction = 23;
+  std::vector<uint32_t> patterns(size);
+  std::array<Group, 256> by_exponent{};
   bool negative = false;
-  for (Bits& bits : sorted) {
-    negative |= bits > kSign;  // kSign itself is minus zero
-    bits &= ~kSign;
-    if (bits >= kInfinity) return {kNonFinite};
+  for (int64_t i = 0; i < size; ++i) {
+    negative |= values[i] > kSign<T>;  // kSign itself is minus zero
+    const uint32_t bits = Format<T>::float_bits(values[i] & ~kSign<T>);
+    patterns[i] = bits;
+    Group& group = by_exponent[bits >> kFraction];
+    ++group.count;
+    group.low_sum += bits & ((1u << kFraction) - 1);
   }
-  if (negative) return {kNegative};
-  std::sort(sorted.begin(), sorted.end(), std::greater<Bits>());
-  const auto descend = [&](const auto& visit) {
-    Position position;
-    for (auto run = sorted.begin(); run != sorted.end();) {
-      const auto end = std::find_if(run, sorted.end(), [&](Bits bits) { return bits != *run; });
-      position.copies = end - run;
-      position.value = decode(Format<T>::kLowBits != 0 ? *run : Format<T>::float_bits(*run));
-      const Head next = position.above.with(position.copies, position.value);
-      if (visit(next)) break;
-      position.above = next;
-      run = end;
-    }
-    return position;
-  };
-  const Head all = descend([](const Head&) { return false; }).above;
-  const Reached reached(count, alpha, all.sum);
-  return {0, all, descend([&](const Head& head) { return reached.by_count(head); }),
-          descend([&](const Head& head) { return reached.by_sum(head); })};
-}
+  if (by_exponent[255].count != 0) return kNonFinite;
+  if (negative) return kNegative;
+  Groups groups;
+  for (uint32_t exponent = 255; exponent-- > 0;)
+    if (by_exponent[exponent].count != 0)
+      groups.push_back({exponent << kFraction, by_exponent[exponent].count, by_exponent[exponent].low_sum});
 
-struct Metrics {
-  double trace, topk_mean;
-  int64_t effective_rank;
-};
+  const auto split = [&](const Group& group) {
+    std::vector<uint32_t> inside;
+    for (const uint32_t bits : patterns)
+      if (bits >> kFraction == group.float_bits >> kFraction) inside.push_back(bits);
+    std::sort(inside.begin(), inside.end(), std::greater<uint32_t>());
+    Groups equal;
+    for (const uint32_t bits : inside) {
+      if (equal.empty() || equal.back().float_bits != bits) equal.push_back({bits, 0, 0});
+      ++equal.back().count;
+    }
+    return equal;
+  };
+  return metrics_of(groups, count, alpha, [&](const Group& a, const Group& b) {
+    return std::array<Groups, 2>{split(a), split(b)};
+  });
+}
 
 template <class T>
 Metrics metrics(const void* data, int64_t size, int64_t count, double alpha) {
   const auto* values = static_cast<const typename Format<T>::Bits*>(data);
   if (size == 0) return {0.0, 0.0, 0};
-  const auto [problem, all, kth, crossing] = size < kSortBelow ? cut_by_sorting<T>(values, size, count, alpha)
-                                                               : cut_by_histogram<T>(values, size, count, alpha);
-  if (problem != 0) return {std::nan(""), std::nan(""), problem};
-  const Reached reached(count, alpha, all.sum);
-  const Head top = kth.above.with(count - kth.above.count, kth.value);
-  int64_t effective_rank = 0;
-  if (all.sum.to_double() > 0) {
-    // Fewest copies of the crossing value that reach the target; all of them do.
-    uint64_t too_few = 0, enough = crossing.copies;
-    while (enough - too_few > 1) {
-      const uint64_t middle = too_few + (enough - too_few) / 2;
-      (reached.by_sum(crossing.above.with(middle, crossing.value)) ? enough : too_few) = middle;
-    }
-    effective_rank = static_cast<int64_t>(crossing.above.count + enough);
-  }
-  return {all.sum.to_double(), top.sum.to_double() / static_cast<double>(count), effective_rank};
+  return size < kFew ? metrics_of_few<T>(values, size, count, alpha) : metrics_of_many<T>(values, size, count, alpha);
 }
 
 template <class T>

@@ -1,0 +1,130 @@
+"""What is built and packaged: the extension, its ops, the symlinked kernels, the wheel's content."""
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+LEVELS = ["baseline", "avx2", "avx512", "avx512bf16"]
+
+built = pytest.mark.skipif(
+    importlib.util.find_spec("sensilora._C") is None, reason="the native extension is not built here"
+)
+cloned = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git clone")
+
+
+def python(code: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@built
+def test_build_facts():
+    extension = importlib.import_module("sensilora._C")
+    assert extension.compiler.startswith("C++ ")
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", extension.torch_version)
+    assert extension.cpu_level() in LEVELS
+    assert isinstance(extension.cuda, bool)
+    assert not extension.cuda or torch.version.cuda is not None
+
+
+@built
+def test_registered_ops_are_those_of_the_schema_file():
+    importlib.import_module("sensilora._C")
+    declared = set(re.findall(r'"(\w+)\(Tensor ', (ROOT / "csrc" / "schema.cpp").read_text()))
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sensilora_C::")}
+    assert len(declared) >= 6
+    assert registered == {f"sensilora_C::{name}" for name in declared}
+    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU") for name in registered)
+
+
+@built
+def test_cpu_level_can_be_lowered_and_nonsense_is_refused():
+    code = "import sensilora._C as c; print(c.cpu_level())"
+    assert python(code, SENSILORA_CPU="baseline").stdout == "baseline\n"
+    refused = python(code, SENSILORA_CPU="mmx")
+    assert refused.returncode != 0
+    assert "SENSILORA_CPU is mmx" in refused.stderr
+
+
+def package_with_extension(folder: Path, content: bytes | None) -> None:
+    """`folder`/sensilora: this package, with `content` (or nothing) in the place of its extension."""
+    (folder / "sensilora").mkdir()
+    for entry in (ROOT / "sensilora").iterdir():
+        if not entry.name.startswith(("_C.", "__pycache__")):
+            (folder / "sensilora" / entry.name).symlink_to(entry)
+    if content is not None:
+        (folder / "sensilora" / "_C.so").write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"], ids=["missing", "broken"])
+def test_a_missing_extension_falls_back_and_a_broken_one_raises(tmp_path, content):
+    package_with_extension(tmp_path, content)
+    run = python(
+        "import torch; from sensilora.ops import autocorrelation_diag as a; print(a(torch.ones(3, 1)))", tmp_path
+    )
+    if content is None:
+        assert run.stdout == "tensor([3.])\n", run.stderr
+    else:
+        assert "ImportError" in run.stderr
+
+
+def test_kernels_are_reached_through_the_package():
+    link = ROOT / "sensilora" / "kernels"
+    assert link.is_symlink()
+    assert link.readlink() == Path("../kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert importlib.util.find_spec("sensilora.kernels.autocorrelation_diag") is not None
+
+
+@cloned
+def test_wheel_holds_every_module_and_data_file(tmp_path):
+    # From a copy, since setuptools leaves build folders beside setup.py.
+    source = tmp_path / "source"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
+    code = "from setuptools import build_meta; build_meta.build_wheel('..')"
+    run = python(code, source, SENSILORA_BUILD="none")
+    assert run.returncode == 0, run.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+
+    listed = subprocess.run(["git", "ls-files"], cwd=source, capture_output=True, text=True, check=True)
+    tracked = listed.stdout.splitlines()
+    package = {name for name in tracked if name.startswith("sensilora/")} - {"sensilora/kernels"}
+    kernels = {f"sensilora/{name}" for name in tracked if name.startswith("kernels/")}
+    assert kernels
+    assert {name for name in package if name.startswith("sensilora/demo_data/")}
+    assert package | kernels | {"sensilora/py.typed"} <= packed
+    assert not [name for name in packed if name.startswith(("tests/", "kernels/", "csrc/", "benchmarks/"))]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"), [("fast", "use none, cpp or cuda"), ("cuda", "SENSILORA_BUILD=cuda: ")]
+)
+@pytest.mark.skipif(torch.version.cuda is not None, reason="CUDA ops can be built here")
+def test_forcing_what_cannot_be_built_is_an_error(wanted, message):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        env=os.environ | {"SENSILORA_BUILD": wanted},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert message in run.stderr
