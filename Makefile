@@ -1,0 +1,55 @@
+# Every target makes what it needs in .venv first; nothing has to be installed beforehand but python with pip and a
+# C++ compiler. `make help` lists the targets.
+
+# The interpreter. One that has torch and the other packages already is used with them, without any download.
+PY ?= python3
+# Installed where that interpreter has no torch. More words go to pip, for example
+# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" for the small build without CUDA.
+TORCH ?= torch==2.13.0
+# Passed on to the demo, pytest or the benchmarks.
+ARGS ?=
+
+PREPARE = @$(PY) .ci/prepare.py --torch "$(TORCH)"
+PYTHON = .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint bench wheel clean
+
+help:
+	@echo "make demo      calibrate, allocate, fine-tune and compare on real data; results in out/demo/"
+	@echo "make test      all tests that need no GPU"
+	@echo "make test-gpu  the tests marked gpu"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     time the ops against their references; results in benchmarks/results/"
+	@echo "make wheel     a wheel with the native extension, in dist/"
+	@echo "make clean     remove what was built, and .venv"
+	@echo "Variables: PY=python3 (interpreter), TORCH=torch==2.13.0 (where it has no torch), ARGS= (passed on)"
+
+demo:
+	$(PREPARE) --extras demo --model $(if $(findstring --model,$(ARGS)),want,need)
+	$(PYTHON) -m sensilora demo $(ARGS)
+
+test:
+	$(PREPARE) --extras test --model want
+	$(PYTHON) -m pytest -m "not gpu" $(ARGS)
+
+test-gpu:
+	$(PREPARE) --extras test
+	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+lint:
+	$(PREPARE) --extras lint
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy sensilora/
+
+bench:
+	$(PREPARE) --extras test
+	$(PYTHON) -m benchmarks.run $(ARGS)
+
+wheel:
+	$(PREPARE)
+	$(PYTHON) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist *.egg-info sensilora/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
