@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import zlib
@@ -35,6 +36,7 @@ def read_rows(
     *,
     text_fields: Sequence[str] = (),
     label_field: str | None = None,
+    with_labels: bool = True,
     limit: int | None = None,
 ) -> list[Row]:
     """Read a JSONL file (``.jsonl``, ``.json``; one object a line) or else plain text (one row a line), also ``.gz``.
@@ -46,6 +48,7 @@ def read_rows(
         text_fields: JSONL only: the fields that hold the text; by default "text".
         label_field: JSONL only: the field that holds the class, which every row must have. None takes "label"
             where a row has it.
+        with_labels: False reads no labels.
         limit: read no more rows than this.
 
     Raises:
@@ -61,16 +64,14 @@ def read_rows(
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if kind in {".jsonl", ".json"}:
         fields = tuple(text_fields) or (DEFAULT_TEXT_FIELD,)
-        rows = (_row(json_object, where, fields, label_field) for json_object, where in _objects(path))
+        rows: Iterator[Row] = (
+            _row(value, where, fields, label_field, with_labels) for value, where in _objects(path)
+        )
     elif text_fields or label_field:
         raise DataError(f"{path} is read as plain text, which has no fields; name a file that ends in .jsonl")
     else:
         rows = (Row((line,)) for line, _ in _lines(path))
-    found: list[Row] = []
-    for row in rows:
-        if limit is not None and len(found) >= limit:
-            break
-        found.append(row)
+    found = list(itertools.islice(rows, limit))
     if not found:
         raise DataError(f"{path} is empty; it must hold at least one row")
     return found
@@ -123,7 +124,9 @@ def _objects(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         yield value, where
 
 
-def _row(value: dict[str, Any], where: str, text_fields: Sequence[str], label_field: str | None) -> Row:
+def _row(
+    value: dict[str, Any], where: str, text_fields: Sequence[str], label_field: str | None, with_labels: bool
+) -> Row:
     texts = []
     for field in text_fields:
         if field not in value:
@@ -135,13 +138,17 @@ def _row(value: dict[str, Any], where: str, text_fields: Sequence[str], label_fi
         texts.append(value[field])
     if not any(text.strip() for text in texts):
         raise DataError(f"{where}: field {text_fields[0]!r} is blank; remove the row")
-    if label_field is not None and label_field not in value:
-        raise DataError(f"{where}: no field {label_field!r}; it has {', '.join(value)} (--label-field names it)")
-    label = value.get(DEFAULT_LABEL_FIELD if label_field is None else label_field)
-    if label_field is None and label is None:
-        return Row(tuple(texts))
+    return Row(tuple(texts), _label(value, where, label_field) if with_labels else None)
+
+
+def _label(value: dict[str, Any], where: str, field: str | None) -> int | str | None:
+    if field is not None and field not in value:
+        raise DataError(f"{where}: no field {field!r}; it has {', '.join(value)} (--label-field names it)")
+    label = value.get(DEFAULT_LABEL_FIELD if field is None else field)
+    if field is None and label is None:
+        return None
     if isinstance(label, bool) or not isinstance(label, (int, str)):
         raise DataError(
             f"{where}: the label {label!r} is {type(label).__name__}; a class is a whole number or a string"
         )
-    return Row(tuple(texts), label)
+    return label

@@ -27,6 +27,7 @@ from sensilora.adapters import (
     unload,
 )
 from sensilora.errors import AdapterError
+from sensilora.integrations.transformers import quiet
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
@@ -128,10 +129,11 @@ def export_merged(
     with _files.output_folder(output, force=force) as temporary:
         unload(merge(load_adapter(model, adapter)))
         try:
-            model.save_pretrained(temporary)
+            with quiet():
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(f"{output} cannot be written: {error}") from error
-        tokenizer.save_pretrained(temporary)
     return Path(output)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -111,6 +112,17 @@ def load_causal_lm(name: str | os.PathLike[str], *, dtype: torch.dtype | None = 
     Args, Raises and Warns: as for `load_sequence_classifier`.
     """
     return _load(AutoModelForCausalLM, name, dtype)
+
+
+def class_names(name: str | os.PathLike[str]) -> list[str]:
+    """The names of a model's classes, in order, as its config.json has them ("LABEL_0", ... where it has none).
+
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    with _loading(name, "configuration"):
+        config = AutoConfig.from_pretrained(str(name))
+    return [str(config.id2label[index]) for index in sorted(config.id2label)]
 
 
 def _first(token_id: int | list[int] | None) -> int | None:
