@@ -31,11 +31,34 @@ def keep_mask(seed, first_row, first_column, threshold, ROWS: tl.constexpr, COLU
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
     k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = philox(zero + block[None, :], zero + low[:, None], zero + high[:, None], zero, k0, k1)
-    # Interleave to (row, block, word pair, word, half), which is column order.
-    even = tl.join(tl.join(w0 & 0xFFFF, w0 >> 16), tl.join(w2 & 0xFFFF, w2 >> 16))
-    odd = tl.join(tl.join(w1 & 0xFFFF, w1 >> 16), tl.join(w3 & 0xFFFF, w3 >> 16))
-    bits = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
-    return tl.reshape(bits, (ROWS, COLUMNS)) >= threshold
+    # Compared before they are moved, since a truth value is a quarter of a word; then interleaved to
+    # (row, block, word pair, word, half), which is column order.
+    even = tl.join(_kept_halves(w0, threshold), _kept_halves(w2, threshold))
+    odd = tl.join(_kept_halves(w1, threshold), _kept_halves(w3, threshold))
+    kept = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
+    return tl.reshape(kept, (ROWS, COLUMNS)) != 0
+
+
+@triton.jit
+def _kept_halves(word, threshold):
+    low = ((word & 0xFFFF) >= threshold).to(tl.int8)
+    high = ((word >> 16) >= threshold).to(tl.int8)
+    return tl.join(low, high)
+
+
+@triton.jit
+def sum_partials(partial, index, size, splits, SPLITS: tl.constexpr):
+    """Σ over the first dimension of a (splits, size) fp32 stack at the flat positions `index`, in a fixed order.
+
+    SPLITS rows are loaded at a time, so that their latencies overlap.
+    """
+    total = tl.zeros((index.shape[0],), dtype=partial.dtype.element_ty)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        pointers = partial + split.to(tl.int64)[:, None] * size + index[None, :]
+        inside = (split < splits)[:, None] & (index < size)[None, :]
+        total += tl.sum(tl.load(pointers, mask=inside, other=0.0), axis=0)
+    return total
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sensilora.kernels._common import multiprocessors
+from sensilora.kernels._common import multiprocessors, sum_partials
 
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
@@ -53,9 +53,7 @@ def _autocorrelation_diag_reduce_kernel(
 ):
     column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = column < columns
-    total = tl.zeros((BLOCK_COLUMNS,), dtype=out.dtype.element_ty)
-    for split in range(splits):
-        total += tl.load(partial + split * columns + column, mask=inside, other=0.0).to(total.dtype)
+    total = sum_partials(partial, column, columns, splits, 16).to(out.dtype.element_ty)
     if ACCUMULATE:
         total += tl.load(out + column, mask=inside, other=0.0)
     tl.store(out + column, total, mask=inside)

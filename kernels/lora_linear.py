@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sensilora.kernels._common import keep_mask, multiprocessors
+from sensilora.kernels._common import keep_mask, multiprocessors, sum_partials
 
 MAX_BLOCK_RANK = 128
 
@@ -87,7 +87,8 @@ def _lora_up_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """out (rows, columns) += scale * mask∘(left (rows, rank) right (columns, rank)ᵀ)."""
-    first_row = tl.program_id(1).to(tl.int64) * BLOCK_T
+    # The last rows first: what the base product wrote last is still in L2.
+    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64) * BLOCK_T
     first_column = tl.program_id(0) * BLOCK_C
     t = first_row + tl.arange(0, BLOCK_T)
     c = first_column + tl.arange(0, BLOCK_C)
@@ -113,6 +114,15 @@ def _lora_up_kernel(
 
 
 @triton.jit
+def _row_tile(turn, row_tiles):
+    """The row tile of this program at this turn: neighbours take neighbouring tiles, and the last rows come first.
+
+    What the product before this pass wrote last is still in L2. Below 0 when there is none left.
+    """
+    return row_tiles - 1 - (turn * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+
+
+@triton.jit
 def _lora_grad_b_kernel(
     grad,
     h,
@@ -124,7 +134,7 @@ def _lora_grad_b_kernel(
     rank,
     b_stride_n,
     b_stride_r,
-    tiles_per_split,
+    row_tiles,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -139,14 +149,14 @@ def _lora_grad_b_kernel(
     b_tile = tl.load(lora_B + n[:, None] * b_stride_n + r[None, :] * b_stride_r, mask=inside_b, other=0.0)
     b_tile = b_tile.to(grad.dtype.element_ty)
     total = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    first_tile = split.to(tl.int64) * tiles_per_split
-    for tile in range(tiles_per_split):
-        t = (first_tile + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
-        inside = (t < rows)[:, None]
+    for turn in range(tl.cdiv(row_tiles, tl.num_programs(1))):
+        t = _row_tile(turn, row_tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside_t = (t >= 0) & (t < rows)
+        inside = inside_t[:, None]
         if not EVEN_N:
             inside = inside & (n < out_features)[None, :]
         grad_tile = tl.load(grad + t[:, None] * out_features + n[None, :], mask=inside, other=0.0)
-        inside_h = (t < rows)[:, None] & (r < rank)[None, :]
+        inside_h = inside_t[:, None] & (r < rank)[None, :]
         h_tile = tl.load(h + t[:, None] * rank + r[None, :], mask=inside_h, other=0.0)
         total = tl.dot(tl.trans(grad_tile), h_tile, total, input_precision=PRECISION)
         q_tile = tl.dot(grad_tile, b_tile, input_precision=PRECISION)
@@ -171,7 +181,7 @@ def _lora_grad_a_kernel(
     a_stride_k,
     threshold,
     keep_scale,
-    tiles_per_split,
+    row_tiles,
     UPDATE_GRAD_X: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -192,11 +202,11 @@ def _lora_grad_a_kernel(
     if DROPOUT:
         key = tl.load(seed)
     total = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
-    first_tile = split.to(tl.int64) * tiles_per_split
-    for tile in range(tiles_per_split):
-        first_row = (first_tile + tile) * BLOCK_T
+    for turn in range(tl.cdiv(row_tiles, tl.num_programs(1))):
+        first_row = _row_tile(turn, row_tiles) * BLOCK_T
         t = first_row + tl.arange(0, BLOCK_T)
-        inside = (t < rows)[:, None]
+        inside_t = (t >= 0) & (t < rows)
+        inside = inside_t[:, None]
         if not EVEN_K:
             inside = inside & (k < in_features)[None, :]
         x_tile = tl.load(x + t[:, None] * x_stride + k[None, :], mask=inside, other=0.0)
@@ -234,22 +244,20 @@ def _reduce_kernel(
 @triton.jit
 def _reduce_block(partial, out, size, splits, program, scale, BLOCK: tl.constexpr):
     index = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in range(splits):
-        total += tl.load(partial + split * size + index, mask=index < size, other=0.0)
+    total = sum_partials(partial, index, size, splits, 16)
     tl.store(out + index, (scale * total).to(out.dtype.element_ty), mask=index < size)
 
 
-# Tile sizes by kernel and rank bucket: (BLOCK_T, BLOCK of columns, num_warps, num_stages).
-CONFIGS = {
-    "down": {16: (64, 128, 4, 4), 32: (64, 128, 4, 4), 64: (64, 128, 4, 3), 128: (64, 64, 4, 3)},
-    "up": {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (64, 128, 4, 2), 128: (64, 64, 4, 2)},
-    "grad_b": {16: (64, 128, 4, 3), 32: (64, 128, 4, 3), 64: (64, 128, 4, 3), 128: (64, 64, 4, 2)},
-    "grad_a": {16: (64, 128, 4, 3), 32: (64, 128, 4, 3), 64: (64, 128, 4, 3), 128: (64, 64, 4, 2)},
+# Tile sizes by kernel and rank bucket: (BLOCK_T, BLOCK of columns, num_warps, num_stages), and for the two gradient
+# kernels the programs aimed at a multiprocessor.
+CONFIGS: dict[str, dict[int, tuple[int, ...]]] = {
+    "down": {16: (32, 128, 4, 4), 32: (32, 128, 4, 4), 64: (64, 128, 4, 4), 128: (32, 64, 4, 4)},
+    "up": {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 4, 2)},
+    "grad_b": {16: (64, 512, 8, 3, 1), 32: (64, 256, 4, 3, 1), 64: (64, 256, 8, 4, 1), 128: (64, 128, 4, 4, 1)},
+    "grad_a": {16: (64, 64, 4, 3, 4), 32: (64, 128, 4, 3, 2), 64: (128, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
+    "grad_a_dropout": {16: (16, 128, 4, 4, 4), 32: (32, 64, 4, 4, 4), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
 }
-REDUCE_BLOCK = 1024
-# Programs of the two gradient kernels aimed at a multiprocessor.
-GRAD_PROGRAMS_PER_SM = 2
+REDUCE_BLOCK = 256
 
 
 def _bucket(rank: int) -> int:
@@ -261,12 +269,9 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _splits(rows: int, block_t: int, strips: int, device: torch.device) -> tuple[int, int]:
-    """(splits of the rows, row tiles a split) so that the gradient kernels fill the device."""
-    tiles = triton.cdiv(rows, block_t)
-    wanted = max(1, multiprocessors(device) * GRAD_PROGRAMS_PER_SM // strips)
-    tiles_per_split = triton.cdiv(tiles, min(tiles, wanted))
-    return triton.cdiv(tiles, tiles_per_split), tiles_per_split
+def _splits(row_tiles: int, strips: int, programs_per_sm: int, device: torch.device) -> int:
+    """How many programs share the rows of a strip, so that the gradient kernels fill the device."""
+    return max(1, min(row_tiles, multiprocessors(device) * programs_per_sm // strips))
 
 
 def launch_lora_down(x, lora_A, threshold, keep_scale, seed):
@@ -339,14 +344,18 @@ def launch_lora_linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (empty unless needed), A and B, the last two in their dtypes; grad (rows, out) contiguous."""
     rows, rank = x.shape[0], lora_B.shape[1]
+    adapted = rows > 0 and rank > 0
+    if adapted:
+        q, grad_B = launch_lora_grad_b(grad, h, lora_B, scaling)
+    else:
+        grad_A, grad_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
+    # Between the two passes, so that the one that updates grad_x finds its last rows in L2.
     grad_x = torch.mm(grad, weight) if need_grad_x else x.new_empty(0)
-    if rows == 0 or rank == 0:
-        return grad_x, torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    q, grad_B = launch_lora_grad_b(grad, h, lora_B, scaling)
-    fused = need_grad_x and rank <= MAX_BLOCK_RANK
-    grad_A = launch_lora_grad_a(x, q, lora_A, grad_x if fused else None, threshold, keep_scale, seed)
-    if need_grad_x and not fused:
-        launch_lora_up(grad_x, q, lora_A.T, keep_scale, threshold, seed)
+    if adapted:
+        fused = need_grad_x and rank <= MAX_BLOCK_RANK
+        grad_A = launch_lora_grad_a(x, q, lora_A, grad_x if fused else None, threshold, keep_scale, seed)
+        if need_grad_x and not fused:
+            launch_lora_up(grad_x, q, lora_A.T, keep_scale, threshold, seed)
     return grad_x, grad_A, grad_B
 
 
@@ -354,13 +363,15 @@ def launch_lora_grad_b(grad, h, lora_B, scaling):
     """q = s dY B in dY's dtype, and dB = s dYᵀ h in B's dtype."""
     rows, out_features = grad.shape
     rank, bucket = h.shape[1], _bucket(h.shape[1])
-    block_t, block_n, warps, stages = CONFIGS["grad_b"][bucket]
+    block_t, block_n, warps, stages, per_sm = CONFIGS["grad_b"][bucket]
     strips = triton.cdiv(out_features, block_n)
-    splits, tiles = _splits(rows, block_t, strips, grad.device)
+    row_tiles = triton.cdiv(rows, block_t)
+    splits = _splits(row_tiles, strips, per_sm, grad.device)
     q_partial = torch.empty(strips, rows, rank, dtype=torch.float32, device=grad.device)
     b_partial = torch.empty(splits, out_features, rank, dtype=torch.float32, device=grad.device)
     _lora_grad_b_kernel[(strips, splits, triton.cdiv(rank, bucket))](
-        grad, h, lora_B, q_partial, b_partial, rows, out_features, rank, lora_B.stride(0), lora_B.stride(1), tiles,
+        grad, h, lora_B, q_partial, b_partial, rows, out_features, rank, lora_B.stride(0),
+        lora_B.stride(1), row_tiles,
         EVEN_N=out_features % block_n == 0, PRECISION=_precision(grad.dtype),
         BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=bucket, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -378,13 +389,14 @@ def launch_lora_grad_a(x, q, lora_A, grad_x, threshold, keep_scale, seed):
     """dA = qᵀ drop(x) in A's dtype; adds mask∘(q A) to grad_x in place unless it is None."""
     rows, in_features = x.shape
     rank, bucket = q.shape[1], _bucket(q.shape[1])
-    block_t, block_k, warps, stages = CONFIGS["grad_a"][bucket]
+    block_t, block_k, warps, stages, per_sm = CONFIGS["grad_a_dropout" if threshold else "grad_a"][bucket]
     strips = triton.cdiv(in_features, block_k)
-    splits, tiles = _splits(rows, block_t, strips, x.device)
+    row_tiles = triton.cdiv(rows, block_t)
+    splits = _splits(row_tiles, strips, per_sm, x.device)
     a_partial = torch.empty(splits, rank, in_features, dtype=torch.float32, device=x.device)
     _lora_grad_a_kernel[(strips, splits, triton.cdiv(rank, bucket))](
         x, q, lora_A, grad_x, a_partial, seed, rows, in_features, rank, x.stride(0), lora_A.stride(0),
-        lora_A.stride(1), threshold, keep_scale, tiles,
+        lora_A.stride(1), threshold, keep_scale, row_tiles,
         UPDATE_GRAD_X=grad_x is not None, DROPOUT=threshold > 0, EVEN_K=in_features % block_k == 0,
         PRECISION=_precision(x.dtype), BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=bucket, num_warps=warps,
         num_stages=stages,
