@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="regular expression that a case's id must match")
     parser.add_argument("--commit", default="", help="commit to record, where the sources are no git checkout")
-    parser.add_argument("--output", type=Path, help="results file; rows of other cases in it are kept")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/results/")
     arguments = parser.parse_args()
     device = arguments.device
     torch.manual_seed(0)
@@ -67,7 +67,8 @@ def main() -> int:
             f"copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, bf16 {ceilings.flops_per_second / 1e12:.0f} TFLOP/s"
         )
     where = provenance(device, arguments.commit or current_commit())
-    path = arguments.output or RESULTS / f"{device_name(device)}.json"
+    path = (RESULTS if arguments.record else Path("out/benchmarks")) / f"{device_name(device)}.json"
+    # Rows of cases that are not run this time are kept.
     rows = {row["id"]: row for row in json.loads(path.read_text())} if path.exists() else {}
     wrong = []
     print(f"{'case':50} {'ours ms':>9} {'baseline':>9} {'ratio':>6} {'floor':>8} {'error':>8}  peers")
@@ -91,6 +92,7 @@ def main() -> int:
     path.write_text(json.dumps([rows[key] for key in sorted(rows)], indent=1) + "\n")
     if wrong:
         print(f"wrong results, no speed reported: {', '.join(wrong)}", file=sys.stderr)
+    print(f"written to {path}")
     return 1 if wrong else 0
 
 
