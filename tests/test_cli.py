@@ -1,0 +1,559 @@
+"""The command line on tiny models: whole runs, and each bad input with its exit code, sentence and clean folder."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import sensilora
+from sensilora import _files
+from sensilora.adapters import load_adapter
+from sensilora.cli import app, main
+from sensilora.data import read_rows
+from sensilora.integrations.transformers import classification_batches, load_sequence_classifier, load_tokenizer
+from sensilora.plan import RankPlan
+from sensilora.sensitivity.report import SensitivityReport
+from tests import tiny_models
+
+REPOSITORY = Path(__file__).parents[1]
+COMMANDS = ["demo", "plan", "train", "evaluate", "export", "plot", "doctor"]
+
+
+def run(*arguments):
+    """Exit code of ``sensilora ARGUMENTS``."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    return exit_.value.code
+
+
+def succeed(capsys, *arguments):
+    """Standard output of a run that must succeed."""
+    capsys.readouterr()
+    code = run(*arguments)
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
+
+
+def start(*arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sensilora", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def content(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small lose time to threads that wait for each other, the more so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Models and data; the working folder of the module's tests is elsewhere."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny_models.bert(folder / "bert")
+    tiny_models.llama(folder / "llama")
+    tiny_models.write_labelled(folder / "train.jsonl", 160)
+    tiny_models.write_labelled(folder / "dev.jsonl", 40, seed=1)
+    tiny_models.write_text(folder / "corpus.txt", 96)
+    tiny_models.write_text(folder / "held_out.txt", 24, seed=1)
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty working folder."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(files, tmp_path_factory):
+    """Plan, report and adapter folder of the BERT classifier."""
+    folder = tmp_path_factory.mktemp("classifier")
+    plan, report, adapter = folder / "plan.json", folder / "report.json", folder / "adapter"
+    budget = ("--average-rank", 4, "--samples", 64)
+    assert run("plan", files / "bert", files / "train.jsonl", *budget, "--output", plan, "--report", report) == 0
+    how = ("--epochs", 30, "--lr", "1e-2", "--eval-data", files / "dev.jsonl")
+    assert run("train", files / "bert", plan, files / "train.jsonl", *how, "--output", adapter) == 0
+    return {"plan": plan, "report": report, "adapter": adapter}
+
+
+@pytest.fixture(scope="module")
+def causal(files, tmp_path_factory):
+    """Plan and adapter folder of the Llama; a Fisher plan in which some matrices have rank 0."""
+    folder = tmp_path_factory.mktemp("causal")
+    plan, adapter = folder / "plan.json", folder / "adapter"
+    budget = ("--total-rank", 16, "--min-rank", 0, "--estimator", "fisher", "--tie", "qkv")
+    assert run("plan", files / "llama", files / "corpus.txt", *budget, "--output", plan) == 0
+    how = ("--epochs", 6, "--lr", "2e-2", "--dropout", 0.1, "--eval-data", files / "held_out.txt")
+    assert run("train", files / "llama", plan, files / "corpus.txt", *how, "--output", adapter) == 0
+    return {"plan": plan, "adapter": adapter}
+
+
+# Whole runs
+
+
+def classifier_logits(model, files):
+    tokenizer = load_tokenizer(files / "bert")
+    batches = classification_batches(tokenizer, read_rows(files / "dev.jsonl"), labels=[0, 1])
+    with torch.no_grad():
+        return torch.cat([model.eval()(**batch).logits for batch in batches])
+
+
+def causal_logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(2, 20).view(2, 9)).logits
+
+
+def test_classification_plan(files, classifier):
+    plan, report = RankPlan.load(classifier["plan"]), SensitivityReport.load(classifier["report"])
+    assert len(plan.ranks) == 13
+    assert sum(plan.ranks.values()) == 52
+    assert len(set(plan.ranks.values())) > 1
+    assert report.sequences == 64
+    assert report.estimator == "activation"
+    assert {name: entry.trace for name, entry in plan.matrices.items()} == {
+        name: report[name].trace for name in report
+    }
+
+
+def test_classifier_learns_and_is_evaluated(files, classifier, work, capsys):
+    log = json.loads((classifier["adapter"] / "training.json").read_text())
+    assert log["labels"] == [0, 1]
+    assert log["plan_hash"] == RankPlan.load(classifier["adapter"] / "plan.json").content_hash
+    adapters = RankPlan.load(classifier["plan"]).parameters
+    assert log["trainable_parameters"] == adapters + 2 * 32 + 2
+    evaluations = [entry for entry in log["history"] if "accuracy" in entry]
+    assert len(evaluations) == 30
+    out = succeed(
+        capsys, "evaluate", files / "bert", classifier["adapter"], files / "dev.jsonl", "--json", "figures.json"
+    )
+    figures = json.loads(Path("figures.json").read_text())
+    assert figures["accuracy"] == evaluations[-1]["accuracy"] >= 0.85
+    assert figures["macro_f1"] == pytest.approx(evaluations[-1]["macro_f1"])
+    assert figures["loss"] == pytest.approx(evaluations[-1]["loss"], rel=1e-4)
+    assert f"{figures['accuracy']:.4f}" in out
+    assert "macro-f1" in out
+
+
+def test_classification_exports_compute_the_same(files, classifier, work, capsys):
+    adapter = classifier["adapter"]
+    expected = classifier_logits(
+        load_adapter(load_sequence_classifier(files / "bert", labels=["0", "1"]), adapter), files
+    )
+    folders = {"trained": adapter}
+    for form in ("uniform", "peft", "merged"):
+        succeed(capsys, "export", adapter, "--to", form, "--output", form)
+        folders[form] = work / form
+    merged = AutoModelForSequenceClassification.from_pretrained(folders.pop("merged"))
+    assert merged.config.id2label == {0: "0", 1: "1"}
+    torch.testing.assert_close(classifier_logits(merged, files), expected, rtol=1e-5, atol=1e-5)
+    for folder in folders.values():
+        base = AutoModelForSequenceClassification.from_pretrained(files / "bert", num_labels=2)
+        model = PeftModel.from_pretrained(base, folder)
+        torch.testing.assert_close(classifier_logits(model, files), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_causal_run(files, causal, work, capsys):
+    plan = RankPlan.load(causal["plan"])
+    assert 0 in plan.ranks.values()
+    assert sum(plan.ranks.values()) <= 16
+    for layer in ("model.layers.0.self_attn", "model.layers.1.self_attn"):
+        assert len({plan.ranks[f"{layer}.{name}_proj"] for name in "qkv"}) == 1
+    history = json.loads((causal["adapter"] / "training.json").read_text())["history"]
+    evaluations = [entry for entry in history if "perplexity" in entry]
+    assert evaluations[-1]["perplexity"] < 0.7 * evaluations[0]["perplexity"]
+    arguments = (files / "llama", causal["adapter"], files / "held_out.txt", "--json", "figures.json")
+    out = succeed(capsys, "evaluate", *arguments)
+    figures = json.loads(Path("figures.json").read_text())
+    assert figures["perplexity"] == pytest.approx(evaluations[-1]["perplexity"], rel=1e-4)
+    assert f"{figures['perplexity']:.4f}" in out
+
+
+def test_causal_exports_compute_the_same(files, causal, work, capsys):
+    folders = {"trained": causal["adapter"]}
+    for form in ("uniform", "merged"):
+        succeed(capsys, "export", causal["adapter"], "--to", form, "--output", form)
+        folders[form] = work / form
+    merged = AutoModelForCausalLM.from_pretrained(folders.pop("merged"))
+    for folder in folders.values():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files / "llama"), folder)
+        torch.testing.assert_close(causal_logits(model), causal_logits(merged), rtol=1e-5, atol=1e-5)
+    # The plan's matrices of rank 0 are zeros there, since servers of one rank want every layer alike.
+    targets = json.loads((work / "uniform" / "adapter_config.json").read_text())["target_modules"]
+    assert set(targets) == set(RankPlan.load(causal["plan"]).ranks)
+
+
+def test_same_seed_same_plan_and_adapter(files, work, capsys):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        budget = ("--average-rank", 2, "--samples", 24, "--seed", seed)
+        succeed(capsys, "plan", files / "bert", files / "train.jsonl", *budget, "--output", f"{name}.json")
+        how = ("--epochs", 1, "--dropout", 0.2, "--seed", seed, "--output", name)
+        succeed(capsys, "train", files / "bert", "a.json", files / "dev.jsonl", *how)
+    tensors = {name: load_file(work / name / "adapter_model.safetensors") for name in "abc"}
+    assert (work / "a.json").read_bytes() == (work / "b.json").read_bytes() != (work / "c.json").read_bytes()
+    assert all(torch.equal(tensor, tensors["b"][name]) for name, tensor in tensors["a"].items())
+    assert not all(torch.equal(tensor, tensors["c"][name]) for name, tensor in tensors["a"].items())
+
+
+def test_labels_by_name_keep_the_order_of_the_models_classes(files, work, capsys):
+    """A model that knows its classes by name gets the rows' labels in its own order, not in the alphabet's."""
+    model = load_sequence_classifier(files / "bert", labels=["good", "bad"])
+    tiny_models.save(model, work / "model", bert=True)
+    data = tiny_models.write_labelled(work / "data.jsonl", 20, names=("bad", "good"))
+    capsys.readouterr()
+    succeed(capsys, "plan", "model", data, "--average-rank", 2)
+    succeed(capsys, "train", "model", "plan.json", data, "--epochs", 1)
+    assert json.loads((work / "adapter" / "training.json").read_text())["labels"] == ["good", "bad"]
+
+
+def test_plot_and_edited_plan(classifier, work, capsys):
+    succeed(capsys, "plot", classifier["plan"])
+    assert Path("ranks.png").read_bytes().startswith(b"\x89PNG")
+    text = classifier["plan"].read_text()
+    name, rank = next(iter(RankPlan.load(classifier["plan"]).ranks.items()))
+    start, rest = text.split(f'"{name}"', 1)
+    Path("edited.json").write_text(start + f'"{name}"' + rest.replace(f'"rank": {rank}', f'"rank": {rank + 1}', 1))
+    assert run("plot", "edited.json", "--output", "edited.svg") == 2
+    assert "--allow-edited" in capsys.readouterr().err
+    succeed(capsys, "plot", "edited.json", "--output", "edited.svg", "--allow-edited")
+    assert "<svg" in Path("edited.svg").read_text()
+
+
+@pytest.mark.gpu
+def test_gpu_run(files, work, capsys):
+    for model, data in (("bert", "train.jsonl"), ("llama", "corpus.txt")):
+        options = ("--average-rank", 4, "--estimator", "fisher", "--device", "cuda", "--force")
+        succeed(capsys, "plan", files / model, files / data, *options)
+        succeed(
+            capsys, "train", files / model, "plan.json", files / data, "--epochs", 2, "--device", "cuda", "--force"
+        )
+        succeed(capsys, "evaluate", files / model, "adapter", files / data, "--device", "cuda")
+        assert json.loads((work / "adapter" / "training.json").read_text())["settings"]["device"] == "cuda:0"
+
+
+# Configuration, help, doctor
+
+
+def test_config_gives_values_and_flags_win(files, work, capsys):
+    values = {
+        "model": str(files / "bert"),
+        "data": str(files / "dev.jsonl"),
+        "average-rank": 3,
+        "min_rank": 2,
+        "samples": 16,
+        "output": "from-config.json",
+        "targets": "query,key,value",
+        "tie": [["query", "key"]],
+        "max-rank": None,
+    }
+    Path("plan.yaml").write_text(yaml.safe_dump(values))
+    succeed(capsys, "plan", "--config", "plan.yaml")
+    plan = RankPlan.load("from-config.json")
+    assert len(plan.ranks) == 6
+    assert plan.budget.value == 3
+    assert plan.allocation.min_rank == 2
+    assert plan.allocation.tie == (("query", "key"),)
+    succeed(capsys, "plan", "--average-rank", 5, "--output", "flag.json", "--config", "plan.yaml")
+    plan = RankPlan.load("flag.json")
+    assert plan.budget.value == 5
+    assert plan.allocation.min_rank == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("averge-rank: 3", "has the unknown key 'averge-rank'; known are "),
+        ("config: other.yaml", "has the unknown key 'config'"),
+        ("average-rank: [1, 2]", "average-rank must be a single value"),
+        ("average-rank: many", "'--average-rank'"),
+        ("estimator: psychic", "'psychic' is not one of"),
+        ("- average-rank", "must hold 'name: value' lines"),
+        ("average-rank: [3", "is not YAML"),
+    ],
+)
+def test_bad_config(files, work, capsys, text, message):
+    Path("plan.yaml").write_text(text)
+    assert run("plan", files / "bert", files / "dev.jsonl", "--config", "plan.yaml") == 2
+    assert message in one_sentence(capsys)
+    assert content(work) == {"plan.yaml"}
+
+
+def test_missing_config(files, work, capsys):
+    assert run("plan", files / "bert", files / "dev.jsonl", "--config", "none.yaml") == 2
+    assert "none.yaml: No such file" in one_sentence(capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command, capsys):
+    out = succeed(capsys, command, "--help")
+    assert "Examples:" in out
+    assert f"    sensilora {command}" in out
+
+
+def test_help_lists_every_command(capsys):
+    out = succeed(capsys)
+    assert [command.callback.__name__ for command in app.registered_commands] == COMMANDS
+    assert all(f"  {command} " in out for command in COMMANDS)
+    assert succeed(capsys, "--version") == f"sensilora {sensilora.__version__}\n"
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, pytest\n"
+        "from sensilora.cli import main\n"
+        "with pytest.raises(SystemExit): main(['plan', '--help'])\n"
+        "heavy = {'transformers', 'peft', 'matplotlib', 'accelerate', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+
+
+def test_doctor(capsys):
+    found = json.loads(succeed(capsys, "doctor", "--json"))
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["devices"][0]["type"] == "cpu"
+    assert {"autocorrelation_diag", "fisher_diag", "diagonal_metrics", "lora_linear"} <= found["ops"].keys()
+    for by_device in found["ops"].values():
+        service = by_device["cpu"]
+        assert service["backend"] == ("native" if found["native"]["built"] else "torch")
+        assert service["why_not"].keys() == {"triton", "native", "torch"} - {service["backend"]}
+    out = succeed(capsys, "doctor")
+    assert "lora_linear" in out
+    assert torch.__version__ in out
+
+
+def test_doctor_tells_of_a_forced_backend(capsys, monkeypatch):
+    monkeypatch.setenv("SENSILORA_BACKEND", "torch")
+    found = json.loads(succeed(capsys, "doctor", "--json"))
+    assert found["forced_backend"] == "torch"
+    assert found["ops"]["lora_linear"]["cpu"]["backend"] == "torch"
+    monkeypatch.setenv("SENSILORA_BACKEND", "quantum")
+    assert run("doctor") == 2
+    assert "SENSILORA_BACKEND got 'quantum'" in one_sentence(capsys)
+
+
+# Bad input
+
+
+def one_sentence(capsys):
+    """What was said on standard error, which must be one error line and no traceback."""
+    err = capsys.readouterr().err
+    lines = [line for line in re.split("[\r\n]", err) if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "{bert}", "missing.jsonl", "--average-rank", 4), "missing.jsonl does not exist"),
+        (("plan", "./nowhere", "{train}", "--average-rank", 4), "model folder ./nowhere does not exist"),
+        (("plan", "{bert}", "{train}"), "give exactly one of average_rank, total_rank, total_parameters"),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "--total-rank", 9), "give exactly one of"),
+        (("plan", "{bert}"), "Missing argument 'DATA' (see sensilora plan --help)"),
+        (("plan", "{bert}", "{train}", "--avrage-rank", 4), "No such option"),
+        (("plan", "{bert}", "{train}", "--samples", -1), "'--samples'"),
+        (("plan", "{bert}", "{train}", "--estimator", "x"), "'x' is not one of"),
+        (("plna",), "No such command 'plna'"),
+        (("plan", "{bert}", "{train}", "--total-rank", 12), "12"),
+        (("plan", "{bert}", "{train}", "--average-rank", 33), "429"),
+        (
+            ("plan", "{bert}", "{train}", "--average-rank", 4, "--targets", "q_proj,v_proj"),
+            "target 'q_proj' matches no",
+        ),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "--targets", "(.*x"), "not a valid regular expression"),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "--tie", "abc"), "abc"),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "--text-field", "body"), "line 1: no field 'body'"),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "--label-field", "class"), "line 1: no field 'class'"),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "--task", "causal"), "is a bidirectional encoder"),
+        (("plan", "{llama}", "{corpus}", "--average-rank", 4, "--head-warmup-steps", 5), "head_warmup_steps=5"),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "--plot", "ranks.bmp"), "ranks.bmp must end in .png"),
+        (
+            ("plan", "{bert}", "{corpus}", "--average-rank", 4, "--task", "classification", "--estimator", "fisher"),
+            "label",
+        ),
+        (("train", "{bert}", "missing.json", "{train}"), "missing.json: No such file"),
+        (("train", "{bert}", "{plan}", "{train}", "--epochs", 0), "epochs and learning rate must be above 0"),
+        (("train", "{bert}", "{plan}", "{train}", "--eval-data", "none.jsonl"), "none.jsonl does not exist"),
+        (("train", "{llama}", "{plan}", "{corpus}"), "the plan is for"),
+        (("train", "{bert}", "{plan}", "{corpus}", "--task", "classification"), "96 of 96 rows have no label"),
+        (("evaluate", "{bert}", "nowhere", "{train}"), "nowhere/adapter_config.json does not exist"),
+        (("evaluate", "{llama}", "{adapter}", "{train}"), "which does not fit this model"),
+        (("evaluate", "{bert}", "{adapter}", "{corpus}"), "no row has a label"),
+        (("export", "{adapter}", "--to", "pickle", "--output", "x"), "'pickle' is not one of"),
+        (("export", "{adapter}", "--to", "merged"), "Missing option '--output'"),
+        (("export", "nowhere", "--to", "uniform", "--output", "x"), "nowhere/adapter_config.json does not exist"),
+        (("plot", "missing.json"), "missing.json: No such file"),
+        (("plot", "{plan}", "--output", "ranks.bmp"), "ranks.bmp must end in .png"),
+    ],
+)
+def test_bad_input(files, classifier, work, capsys, arguments, message):
+    names = {
+        "{bert}": files / "bert",
+        "{llama}": files / "llama",
+        "{train}": files / "train.jsonl",
+        "{corpus}": files / "corpus.txt",
+        **{f"{{{name}}}": path for name, path in classifier.items()},
+    }
+    assert run(*(names.get(argument, argument) for argument in arguments)) == 2
+    assert message in one_sentence(capsys)
+    assert content(work) == set()
+
+
+def test_bad_data_file(files, work, capsys):
+    Path("empty.jsonl").touch()
+    Path("broken.jsonl").write_text('{"text": "good film", "label": 1}\n{"text": "bad')
+    Path("partly.jsonl").write_text('{"text": "good film", "label": 1}\n{"text": "bad film"}\n')
+    for name, message in (
+        ("empty.jsonl", "empty.jsonl is empty"),
+        ("broken.jsonl", "broken.jsonl, line 2: not JSON"),
+        ("partly.jsonl", "1 of 2 rows have no label"),
+    ):
+        assert run("plan", files / "bert", name, "--average-rank", 4) == 2
+        assert message in one_sentence(capsys)
+    assert content(work) == {"empty.jsonl", "broken.jsonl", "partly.jsonl"}
+
+
+def test_damaged_plan_and_adapter(files, classifier, work, capsys):
+    text = classifier["plan"].read_text()
+    truncated, edited = Path("truncated.json"), Path("edited.json")
+    truncated.write_text(text[: len(text) // 2])
+    name = next(iter(RankPlan.load(classifier["plan"]).ranks))
+    head, rest = text.split(f'"{name}"', 1)
+    edited.write_text(head + f'"{name}"' + rest.replace('"rank": ', '"rank": 9', 1))
+    for path, message in ((truncated, "truncated.json is not complete JSON"), (edited, "above min(")):
+        for flags in ((), ("--allow-edited",)):
+            assert run("train", files / "bert", path, files / "train.jsonl", *flags) == 2
+            assert message in one_sentence(capsys)
+    adapter = Path("adapter")
+    adapter.mkdir()
+    for file in classifier["adapter"].iterdir():
+        (adapter / file.name).write_bytes(file.read_bytes())
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    before = content(work)
+    for arguments in (
+        ("evaluate", files / "bert", adapter, files / "dev.jsonl"),
+        ("export", adapter, "--to", "merged", "--output", "x"),
+        ("export", adapter, "--to", "uniform", "--output", "x"),
+    ):
+        assert run(*arguments) == 2
+        assert "adapter_model.safetensors is damaged" in one_sentence(capsys)
+    assert content(work) == before
+
+
+def test_existing_outputs_are_kept_without_force(files, classifier, work, capsys):
+    (work / "out").mkdir()
+    (work / "out" / "mine.txt").write_text("mine")
+    (work / "file").write_text("mine")
+    adapter, plan = classifier["adapter"], classifier["plan"]
+    planned = ("plan", files / "bert", files / "train.jsonl", "--average-rank", 4)
+    for arguments in (
+        (*planned, "--output", "file"),
+        (*planned, "--report", "file"),
+        (*planned, "--plot", "out"),
+        ("train", files / "bert", plan, files / "train.jsonl", "--output", "out"),
+        ("evaluate", files / "bert", adapter, files / "dev.jsonl", "--json", "file"),
+        ("export", adapter, "--to", "peft", "--output", "out"),
+        ("export", adapter, "--to", "merged", "--output", "file"),
+    ):
+        assert run(*arguments) == 2
+        sentence = one_sentence(capsys)
+        assert "exists already; pass --force" in sentence or "is a f" in sentence
+        assert content(work) == {"file", "out", "out/mine.txt"}
+    assert (work / "file").read_text() == (work / "out" / "mine.txt").read_text() == "mine"
+    succeed(capsys, "export", adapter, "--to", "peft", "--output", "out", "--force")
+    assert not (work / "out" / "mine.txt").exists()
+    succeed(capsys, *planned, "--output", "file", "--force")
+    assert RankPlan.load("file")
+
+
+def test_new_head_under_fisher_warns(files, work, capsys):
+    options = ("--average-rank", 4, "--estimator", "fisher", "--samples", 16)
+    assert run("plan", files / "bert", files / "train.jsonl", *options) == 0
+    err = capsys.readouterr().err
+    assert "warning: the head 'classifier' looks newly initialised" in err
+    assert run("plan", files / "bert", files / "train.jsonl", *options, "--head-warmup-steps", 3, "--force") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "train", "export"])
+def test_full_disk(files, classifier, work, capsys, monkeypatch, command):
+    arguments = {
+        "plan": ("plan", files / "bert", files / "dev.jsonl", "--average-rank", 4, "--report", "report.json"),
+        "train": ("train", files / "bert", classifier["plan"], files / "dev.jsonl", "--epochs", 1),
+        "export": ("export", classifier["adapter"], "--to", "uniform", "--output", "x"),
+    }[command]
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_files.os, "fsync", full)
+    assert run(*arguments) == 2
+    assert "no space is left on the disk" in one_sentence(capsys)
+    assert content(work) == set()
+
+
+def test_full_disk_under_a_merged_export(classifier, work, capsys):
+    """Writes that really fail: the process may not write files above 4 kB."""
+    limit = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "from sensilora.cli import main; main(sys.argv[1:])"
+    )
+    arguments = ["export", classifier["adapter"], "--to", "merged", "--output", "merged"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", limit, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert content(work) == set()
+
+
+def test_ctrl_c_during_training_removes_everything(files, classifier, work):
+    arguments = ("train", files / "bert", classifier["plan"], files / "train.jsonl", "--epochs", 2000)
+    process = start(*arguments, cwd=work)
+    seen = b""
+    deadline = time.monotonic() + 60
+    while b"loss=" not in seen:
+        assert time.monotonic() < deadline, seen
+        assert process.poll() is None, seen
+        seen += process.stderr.read1()
+    # Training is under way, in a folder that has not its name yet.
+    assert any(name.endswith(".part") for name in content(work)), seen
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, rest
+    assert rest.rstrip().endswith(b"interrupted; partial results were removed")
+    assert b"Traceback" not in rest
+    assert content(work) == set()
+
+
+def test_a_bug_keeps_its_traceback(files, classifier, work, monkeypatch):
+    monkeypatch.setattr(RankPlan, "plot", lambda plan, path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["plot", str(classifier["plan"])])
