@@ -1,11 +1,11 @@
-"""LoRA forward and backward around a cuBLAS base product, in few passes over the activations.
+"""LoRA forward and backward around the base product, in few passes over the activations.
 
     forward   h = drop(x) Aᵀ            one read of x
-              y = x Wᵀ + b              cuBLAS
-              y += s h Bᵀ               one read and write of y
+              y = x Wᵀ + b + s h Bᵀ     one product that adds the update in its accumulator, or cuBLAS and then one
+                                        read and write of y
     backward  q = s dY B, dB = s dYᵀ h  one read of dY, partial sums in fp32, then a fixed-order reduction
-              dx = dY W                 cuBLAS
-              dA = qᵀ drop(x), dx += mask∘(q A)   one read of x, one read and write of dx; the mask is made once
+              dx = dY W + q A           as in forward; with dropout cuBLAS, since the mask sits between the two terms
+              dA = qᵀ drop(x)           one read of x; after cuBLAS also dx += mask∘(q A), so the mask is made once
 
 Nothing is atomic, so results repeat bit for bit. The rank is a run-time value: only its bucket (16, 32, 64, 128)
 is compiled in and tails are masked; ranks above 128 go in blocks of 128. A and B are read in their own dtype and
@@ -15,6 +15,7 @@ rounded to x's in registers.
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sensilora.kernels._common import keep_mask, multiprocessors, sum_partials
 
@@ -65,6 +66,69 @@ def _lora_down_kernel(
     h_tile = h + t[:, None] * rank + r[None, :]
     inside = (t < rows)[:, None] & (r < rank)[None, :]
     tl.store(h_tile, (total * keep_scale).to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _lora_product_kernel(
+    left,
+    matrix,
+    out,
+    bias,
+    skinny,
+    update,
+    rows,
+    columns,
+    reduced,
+    rank,
+    update_stride_c,
+    update_stride_r,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """out = left matrix + bias + scale * skinny updateᵀ, persistent, tiles by TMA; the update is one more dot.
+
+    matrix (reduced, columns) is stored so, or TRANSPOSED; skinny (rows, rank); update (columns, rank).
+    """
+    tiles_t, tiles_c = tl.cdiv(rows, BLOCK_T), tl.cdiv(columns, BLOCK_C)
+    r = tl.arange(0, BLOCK_R)
+    for tile in range(tl.program_id(0), tiles_t * tiles_c, PROGRAMS):
+        # GROUP row tiles share their columns while these are in L2.
+        first = tile // (GROUP * tiles_c) * GROUP
+        group = min(tiles_t - first, GROUP)
+        first_t = (first + tile % (GROUP * tiles_c) % group) * BLOCK_T
+        first_c = tile % (GROUP * tiles_c) // group * BLOCK_C
+        total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+        for k in range(0, reduced, BLOCK_K):
+            right = matrix.load([first_c, k]).T if TRANSPOSED else matrix.load([k, first_c])
+            total = tl.dot(left.load([first_t, k]), right, total)
+        t = first_t + tl.arange(0, BLOCK_T)
+        c = first_c + tl.arange(0, BLOCK_C)
+        inside_t, inside_c, inside_r = t < rows, c < columns, r < rank
+        skinny_tile = tl.load(
+            skinny + t.to(tl.int64)[:, None] * rank + r[None, :],
+            mask=inside_t[:, None] & inside_r[None, :],
+            other=0.0,
+        )
+        update_tile = tl.load(
+            update + c[None, :] * update_stride_c + r[:, None] * update_stride_r,
+            mask=inside_c[None, :] & inside_r[:, None],
+            other=0.0,
+        )
+        total = tl.dot(skinny_tile, (scale * update_tile).to(skinny_tile.dtype), total)
+        if HAS_BIAS:
+            total += tl.load(bias + c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
+        # Stored in two halves, which leaves shared memory for one more stage of tiles.
+        halves = tl.permute(tl.reshape(total, (BLOCK_T, 2, BLOCK_C // 2)), (0, 2, 1))
+        low, high = tl.split(halves)
+        out.store([first_t, first_c], low.to(out.dtype))
+        out.store([first_t, first_c + BLOCK_C // 2], high.to(out.dtype))
 
 
 @triton.jit
@@ -258,6 +322,11 @@ CONFIGS: dict[str, dict[int, tuple[int, ...]]] = {
     "grad_a_dropout": {16: (16, 128, 4, 4, 4), 32: (32, 64, 4, 4, 4), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
 }
 REDUCE_BLOCK = 256
+# BLOCK_T, BLOCK_C, BLOCK_K, GROUP, num_warps, num_stages of the product, tuned at 8192 rows. With few rows cuBLAS
+# splits the reduction, which this kernel does not; above rank 64 the update's tile takes the shared memory of a stage.
+PRODUCT_CONFIG = (128, 256, 64, 8, 8, 3)
+PRODUCT_MIN_ROWS = 2048
+PRODUCT_MAX_RANK = 64
 
 
 def _bucket(rank: int) -> int:
@@ -287,6 +356,47 @@ def launch_lora_down(x, lora_A, threshold, keep_scale, seed):
         BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=_bucket(rank), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return h
+
+
+def _row_major(matrix: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can read it: unit column stride, rows and base aligned to 16 bytes."""
+    itemsize = matrix.element_size()
+    return matrix.stride(1) == 1 and matrix.stride(0) * itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def product_serves(left: torch.Tensor, matrix: torch.Tensor, rank: int) -> bool:
+    """Whether `launch_lora_product` can compute left matrix + ..., and was measured to beat cuBLAS plus a pass."""
+    on_hopper = left.is_cuda and torch.cuda.get_device_capability(left.device) >= (9, 0)
+    return (
+        on_hopper
+        and left.dtype in (torch.bfloat16, torch.float16)
+        and left.shape[0] >= PRODUCT_MIN_ROWS
+        and rank <= PRODUCT_MAX_RANK
+        and matrix.shape[1] * left.element_size() % 16 == 0
+        and _row_major(left)
+        and (_row_major(matrix) or _row_major(matrix.T))
+    )
+
+
+def launch_lora_product(left, matrix, bias, skinny, update, scale):
+    """left (rows, reduced) matrix (reduced, columns) + bias + scale * skinny (rows, rank) update (columns, rank)ᵀ."""
+    rows, reduced = left.shape
+    columns, rank = update.shape
+    block_t, block_c, block_k, group, warps, stages = PRODUCT_CONFIG
+    transposed = not _row_major(matrix)
+    out = torch.empty(rows, columns, dtype=left.dtype, device=left.device)
+    programs = multiprocessors(left.device)
+    _lora_product_kernel[(programs,)](
+        TensorDescriptor.from_tensor(left, [block_t, block_k]),
+        TensorDescriptor.from_tensor(
+            matrix.T if transposed else matrix, [block_c, block_k] if transposed else [block_k, block_c]
+        ),
+        TensorDescriptor.from_tensor(out, [block_t, block_c // 2]),
+        bias, skinny, update, rows, columns, reduced, rank, update.stride(0), update.stride(1), scale,
+        HAS_BIAS=bias is not None, TRANSPOSED=transposed, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_K=block_k,
+        BLOCK_R=_bucket(rank), GROUP=group, PROGRAMS=programs, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
 
 
 def launch_lora_up(out, left, right, scale, threshold, seed):
@@ -320,11 +430,13 @@ def launch_lora_linear(
         threshold, keep_scale: of the dropout mask; threshold 0 means none.
         seed: int64 tensor of one element on x's device, or None without dropout.
     """
-    y = torch.nn.functional.linear(x, weight, bias)
     rows, rank = x.shape[0], lora_A.shape[0]
     if rows == 0 or rank == 0:
-        return y, x.new_empty(rows, rank)
+        return torch.nn.functional.linear(x, weight, bias), x.new_empty(rows, rank)
     h = launch_lora_down(x, lora_A, threshold, keep_scale, seed)
+    if product_serves(x, weight.T, rank):
+        return launch_lora_product(x, weight.T, bias, h, lora_B, scaling), h
+    y = torch.nn.functional.linear(x, weight, bias)
     launch_lora_up(y, h, lora_B, scaling, 0, None)
     return y, h
 
@@ -344,18 +456,22 @@ def launch_lora_linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (empty unless needed), A and B, the last two in their dtypes; grad (rows, out) contiguous."""
     rows, rank = x.shape[0], lora_B.shape[1]
-    adapted = rows > 0 and rank > 0
-    if adapted:
-        q, grad_B = launch_lora_grad_b(grad, h, lora_B, scaling)
+    if rows == 0 or rank == 0:
+        grad_x = torch.mm(grad, weight) if need_grad_x else x.new_empty(0)
+        return grad_x, torch.zeros_like(lora_A), torch.zeros_like(lora_B)
+    q, grad_B = launch_lora_grad_b(grad, h, lora_B, scaling)
+    pending = False
+    if not need_grad_x:
+        grad_x = x.new_empty(0)
+    elif threshold == 0 and product_serves(grad, weight, rank):
+        grad_x = launch_lora_product(grad, weight, None, q, lora_A.T, 1.0)
     else:
-        grad_A, grad_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    # Between the two passes, so that the one that updates grad_x finds its last rows in L2.
-    grad_x = torch.mm(grad, weight) if need_grad_x else x.new_empty(0)
-    if adapted:
-        fused = need_grad_x and rank <= MAX_BLOCK_RANK
-        grad_A = launch_lora_grad_a(x, q, lora_A, grad_x if fused else None, threshold, keep_scale, seed)
-        if need_grad_x and not fused:
-            launch_lora_up(grad_x, q, lora_A.T, keep_scale, threshold, seed)
+        # After grad_b and before grad_a, which then finds the last rows of grad_x in L2.
+        grad_x, pending = torch.mm(grad, weight), True
+    fused = pending and rank <= MAX_BLOCK_RANK
+    grad_A = launch_lora_grad_a(x, q, lora_A, grad_x if fused else None, threshold, keep_scale, seed)
+    if pending and not fused:
+        launch_lora_up(grad_x, q, lora_A.T, keep_scale, threshold, seed)
     return grad_x, grad_A, grad_B
 
 

@@ -202,6 +202,42 @@ def test_checkpointing_replays_the_mask():
         assert all(torch.equal(*pair) for pair in zip(plain, run(use_reentrant), strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(2048, 64, 128, 16), (2177, 200, 328, 5), (3000, 136, 72, 33), (2049, 512, 520, 64)]
+)
+def test_triton_product_with_the_update_in_its_accumulator(dtype, p, conv1d, sizes):
+    tensors = make(sizes, dtype, "cuda", adapter_dtype=torch.float32)
+    if conv1d:
+        tensors[1] = tensors[1].T.contiguous().T
+    from sensilora.kernels.lora_linear import product_serves
+
+    assert product_serves(tensors[0], tensors[1].T, sizes[-1])
+    upstream = torch.randn(sizes[0], sizes[2])
+    expected = oracle(tensors, upstream.to(dtype), 0.7, p, seed=3)
+    with use_backend("triton"):
+        got = results(lambda *t: lora_linear(*t, 0.7, dropout_p=p, seed=3), tensors, upstream)
+    for name, value, reference in zip(NAMES, got, expected, strict=True):
+        assert relative_error(value, reference) <= 4 * RELATIVE[dtype], name
+
+
+def test_triton_product_under_the_interpreter():
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    from sensilora.kernels import lora_linear as kernels
+
+    left, bias = torch.randn(130, 64, dtype=torch.float16), torch.randn(264, dtype=torch.float16)
+    skinny, update = torch.randn(130, 5, dtype=torch.float16), torch.randn(264, 5)
+    matrix = (torch.randn(64, 264) / 8).half()
+    expected = left.double() @ matrix.double() + bias.double() + 0.7 * skinny.double() @ update.double().T
+    for stored in (matrix, matrix.T.contiguous().T):
+        got = kernels.launch_lora_product(left, stored, bias, skinny, update, 0.7)
+        assert relative_error(got, expected) <= RELATIVE[torch.float16]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 20)),
