@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -557,3 +558,16 @@ def test_a_bug_keeps_its_traceback(files, classifier, work, monkeypatch):
     monkeypatch.setattr(RankPlan, "plot", lambda plan, path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["plot", str(classifier["plan"])])
+
+
+def test_the_documentation_knows_every_flag_and_no_other():
+    text = (REPOSITORY / "docs" / "cli.md").read_text()
+    group = typer.main.get_command(app)
+    flags = {
+        name
+        for command in group.commands.values()
+        for parameter in command.params
+        for name in parameter.opts
+        if name.startswith("--")
+    }
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) == flags | {"--help"}
