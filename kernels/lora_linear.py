@@ -323,7 +323,7 @@ CONFIGS: dict[str, dict[int, tuple[int, ...]]] = {
 }
 REDUCE_BLOCK = 256
 # BLOCK_T, BLOCK_C, BLOCK_K, GROUP, num_warps, num_stages of the product, tuned at 8192 rows. With few rows cuBLAS
-# splits the reduction, which this kernel does not; above rank 64 the update's tile takes the shared memory of a stage.
+# splits the reduction, which this kernel does not; above rank 64 the tile of the update takes the memory of a stage.
 PRODUCT_CONFIG = (128, 256, 64, 8, 8, 3)
 PRODUCT_MIN_ROWS = 2048
 PRODUCT_MAX_RANK = 64
