@@ -114,12 +114,17 @@ def plot_training(
         for i, (run, history) in enumerate(histories.items()):
             values, colour = np.asarray(history.get(quantity, ()), dtype=np.float64), f"C{i}"
             steps = np.arange(1, len(values) + 1)
+            # Runs of the same seed lie nearly on one another: later ones are dashed, so that the first shows through.
+            dashes = ("-", "--", ":", "-.")[i % 4]
             if per_step:
                 axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-                axis.plot(steps, _smoothed(values), color=colour, linewidth=1.8, label=run)
+                axis.plot(steps, _smoothed(values), dashes, color=colour, linewidth=1.8, label=run)
             else:
-                axis.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1.5, label=run)
+                axis.plot(steps, values, dashes, color=colour, marker="o", markersize=4, linewidth=1.5, label=run)
         _label(axis, quantity, per_step)
+        if quantity.endswith("accuracy"):
+            # The whole range: a scale fitted to two nearly equal runs would make noise look like a difference.
+            axis.set_ylim(0, 1)
     _write(figure, path)
     return figure
 
