@@ -57,6 +57,7 @@ def output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
         raise OutputExistsError(f"output {path} is a file; name a folder")
     if path.is_dir() and any(path.iterdir()) and not force:
         raise OutputExistsError(f"output folder {path} exists already; pass --force (force=True) to overwrite it")
+    new_parents = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     try:
@@ -72,6 +73,9 @@ def output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
             os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # someone else may have put something there meanwhile
+            for parent in new_parents:
+                parent.rmdir()
         raise
 
 

@@ -83,6 +83,12 @@ def test_failed_output_folder_leaves_the_old_one(tmp_path, error):
     assert everything_in(tmp_path) == ["run"]
 
 
+def test_failed_output_folder_removes_the_parents_it_made(tmp_path):
+    with pytest.raises(ZeroDivisionError), _files.output_folder(tmp_path / "a" / "b" / "run"):
+        raise ZeroDivisionError
+    assert everything_in(tmp_path) == []
+
+
 def test_existing_output_needs_force(tmp_path):
     target = tmp_path / "run"
     target.mkdir()
