@@ -5,9 +5,11 @@
 
 #if defined(__x86_64__)
 #define SENSILORA_X86 1
-#define SENSILORA_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define SENSILORA_AVX512 \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#define SENSILORA_AVX2_FEATURES "avx2,fma,f16c"
+#define SENSILORA_AVX512_FEATURES SENSILORA_AVX2_FEATURES ",avx512f,avx512bw,avx512dq,avx512vl"
+#define SENSILORA_AVX2 __attribute__((target(SENSILORA_AVX2_FEATURES)))
+#define SENSILORA_AVX512 __attribute__((target(SENSILORA_AVX512_FEATURES)))
+#define SENSILORA_AVX512BF16 __attribute__((target(SENSILORA_AVX512_FEATURES ",avx512bf16")))
 #else
 #define SENSILORA_X86 0
 #endif

@@ -14,8 +14,6 @@
 
 #if SENSILORA_X86
 #include <immintrin.h>
-#define SENSILORA_AVX512BF16 \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")))
 #endif
 
 namespace sensilora {
@@ -25,10 +23,10 @@ constexpr int64_t kPerSequence = 0;
 constexpr int64_t kPerPosition = 1;
 // Tokens in one pass over a block: more would not fit the caches. A longer sequence takes several passes and keeps
 // its unfinished tiles in between.
-constexpr int64_t kTokensAtOnce = 512;
+constexpr int64_t kTokensAtOnce = 256;
 // The block of `out` one task owns is at most this large.
 constexpr int64_t kBlockRows = 192;
-constexpr int64_t kBlockColumns = 256;
+constexpr int64_t kBlockColumns = 512;
 
 // Elements between packed tiles, so that equal places of neighbouring tiles do not fall into one cache set.
 constexpr int64_t kPad = 16;

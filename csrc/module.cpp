@@ -1,4 +1,6 @@
 // sensilora._C: importing it loads the shared library, which registers the ops; it also tells how it was built.
+// The pybind11 that older torch ships refuses to be used beside the stable ABI; this file uses nothing of torch's.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
