@@ -49,6 +49,7 @@ bench:
 
 wheel:
 	$(PREPARE)
+	rm -rf build  # modules that are gone would be packed from there
 	$(PYTHON) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
