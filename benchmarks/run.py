@@ -68,6 +68,7 @@ def main() -> int:
         )
     where = provenance(device, arguments.commit or current_commit())
     path = (RESULTS if arguments.record else Path("out/benchmarks")) / f"{device_name(device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Rows of cases that are not run this time are kept.
     rows = {row["id"]: row for row in json.loads(path.read_text())} if path.exists() else {}
     wrong = []
@@ -79,6 +80,7 @@ def main() -> int:
             row = run(case, device, ceilings) | where
             if row.get("wrong"):
                 wrong.append(case.id)
+                rows.pop(case.id, None)
                 print(f"{case.id:50} wrong: error {row['error']:.2e} above {case.tolerance:.2e}", flush=True)
                 continue
             rows[case.id] = row
@@ -88,8 +90,7 @@ def main() -> int:
                 f"{row.get('floor_ms', float('nan')):8.4f} {row['error']:8.1e}  {peers}",
                 flush=True,
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([rows[key] for key in sorted(rows)], indent=1) + "\n")
+            path.write_text(json.dumps([rows[key] for key in sorted(rows)], indent=1) + "\n")
     if wrong:
         print(f"wrong results, no speed reported: {', '.join(wrong)}", file=sys.stderr)
     print(f"written to {path}")
