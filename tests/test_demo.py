@@ -139,7 +139,7 @@ def test_mcnemar_by_hand(only_first, only_second, p):
     assert mcnemar(only_first, only_second) == pytest.approx(p, rel=5e-3)
 
 
-def test_peak_memory_sees_what_is_freed_again(monkeypatch):
+def test_peak_memory_sees_what_is_freed_again():
     with demo._peak_memory(torch.device("cpu")) as idle:
         pass
     with demo._peak_memory(torch.device("cpu")) as peak:
@@ -147,6 +147,14 @@ def test_peak_memory_sees_what_is_freed_again(monkeypatch):
         time.sleep(0.2)
         del block
     assert peak[0] - idle[0] > 100 << 20
+
+
+@pytest.mark.gpu
+def test_peak_memory_on_a_gpu_is_what_torch_allocated():
+    with demo._peak_memory(torch.device("cuda")) as peak:
+        block = torch.ones(32 << 20, device="cuda")
+        del block
+    assert 128 << 20 <= peak[0] < torch.cuda.get_device_properties(0).total_memory
 
 
 # Batches
@@ -204,7 +212,7 @@ def test_both_arms_have_the_same_budget_head_and_start(metrics, finished):
         assert len(arm["history"]["dev_accuracy"]) == 2
         assert len(arm["predictions"]) == 40
         assert arm["training_seconds"] > 0
-        assert arm["peak_memory_bytes"] > 50 << 20
+        assert arm["peak_memory_bytes"] > 0
 
 
 def test_figures_follow_from_the_predictions(metrics, model_folder):
@@ -222,12 +230,12 @@ def test_saved_adapter_predicts_as_the_trained_model_did(finished, metrics, mode
     model = load_adapter(load_sequence_classifier(model_folder, labels=task.labels), finished / "adapter")
     assert len(adapter_layers(model)) == 12
     predictions = metrics["arms"][demo.SENSITIVITY]["predictions"]
-    assert demo._predict(task, model, task.examples["test"]) == predictions
+    assert demo._predict(task, model.to(task.device), task.examples["test"]) == predictions
     peft = pytest.importorskip("peft")
     wrapped = peft.PeftModel.from_pretrained(
         load_sequence_classifier(model_folder, labels=task.labels), finished / "adapter"
     )
-    assert demo._predict(task, wrapped, task.examples["test"]) == predictions
+    assert demo._predict(task, wrapped.to(task.device), task.examples["test"]) == predictions
 
 
 def test_report_tells_the_verdict_and_shows_every_picture_and_rank(finished, metrics):
