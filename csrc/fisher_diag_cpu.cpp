@@ -23,9 +23,9 @@ constexpr int64_t kPerSequence = 0;
 constexpr int64_t kPerPosition = 1;
 // Tokens in one pass over a block: more would not fit the caches. A longer sequence takes several passes and keeps
 // its unfinished tiles in between.
-constexpr int64_t kTokensAtOnce = 256;
+constexpr int64_t kTokensAtOnce = 128;
 // The block of `out` one task owns is at most this large.
-constexpr int64_t kBlockRows = 192;
+constexpr int64_t kBlockRows = 384;
 constexpr int64_t kBlockColumns = 512;
 
 // Elements between packed tiles, so that equal places of neighbouring tiles do not fall into one cache set.

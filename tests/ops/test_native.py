@@ -160,7 +160,7 @@ def test_fisher(mode, dtype, shape, lengths):
 
 @MODES
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("lengths", [[1100], [256, 257, 1, 700]])
+@pytest.mark.parametrize("lengths", [[600], [128, 129, 1, 400]])
 def test_fisher_of_sequences_longer_than_a_pass(mode, dtype, lengths):
     x, grad = torch.randn(sum(lengths), 37).to(dtype), torch.randn(sum(lengths), 14).to(dtype)
     assert relative_error(fisher(x, grad, lengths, mode), fisher_oracle(x, grad, lengths, mode)) <= ACCUMULATED[dtype]
