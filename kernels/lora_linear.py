@@ -274,9 +274,7 @@ def _lora_grad_a_kernel(
         if not EVEN_K:
             inside = inside & (k < in_features)[None, :]
         x_tile = tl.load(x + t[:, None] * x_stride + k[None, :], mask=inside, other=0.0)
-        q_tile = tl.load(
-            q + t[:, None] * rank + r[None, :], mask=(t < rows)[:, None] & (r < rank)[None, :], other=0.0
-        )
+        q_tile = tl.load(q + t[:, None] * rank + r[None, :], mask=inside_t[:, None] & (r < rank)[None, :], other=0.0)
         if DROPOUT:
             kept = keep_mask(key, first_row, first_k, threshold, BLOCK_T, BLOCK_K)
             x_tile = tl.where(kept, x_tile, 0.0)
@@ -329,6 +327,14 @@ PRODUCT_MIN_ROWS = 2048
 PRODUCT_MAX_RANK = 64
 
 
+def _config(kernel: str, rank: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The entry of CONFIGS; fp32 tiles take twice the shared memory, so they get half the columns and two stages."""
+    rows, columns, warps, stages, *rest = CONFIGS[kernel][_bucket(rank)]
+    if dtype == torch.float32:
+        columns, stages = max(32, columns // 2), 2
+    return rows, columns, warps, stages, *rest
+
+
 def _bucket(rank: int) -> int:
     return min(MAX_BLOCK_RANK, max(16, triton.next_power_of_2(rank)))
 
@@ -348,7 +354,7 @@ def launch_lora_down(x, lora_A, threshold, keep_scale, seed):
     rows, in_features = x.shape
     rank = lora_A.shape[0]
     h = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
-    block_t, block_k, warps, stages = CONFIGS["down"][_bucket(rank)]
+    block_t, block_k, warps, stages = _config("down", rank, x.dtype)
     _lora_down_kernel[(triton.cdiv(rows, block_t), triton.cdiv(rank, _bucket(rank)))](
         x, lora_A, h, seed, rows, in_features, rank, x.stride(0), lora_A.stride(0), lora_A.stride(1),
         threshold, keep_scale,
@@ -403,7 +409,7 @@ def launch_lora_up(out, left, right, scale, threshold, seed):
     """out += scale * mask∘(left rightᵀ) in place; out (rows, columns) contiguous, right (columns, rank)."""
     rows, columns = out.shape
     rank = left.shape[1]
-    block_t, block_c, warps, stages = CONFIGS["up"][_bucket(rank)]
+    block_t, block_c, warps, stages = _config("up", rank, out.dtype)
     _lora_up_kernel[(triton.cdiv(columns, block_c), triton.cdiv(rows, block_t))](
         out, left, right, seed, rows, columns, rank, right.stride(0), right.stride(1), scale, threshold,
         DROPOUT=threshold > 0, PRECISION=_precision(out.dtype),
@@ -479,7 +485,7 @@ def launch_lora_grad_b(grad, h, lora_B, scaling):
     """q = s dY B in dY's dtype, and dB = s dYᵀ h in B's dtype."""
     rows, out_features = grad.shape
     rank, bucket = h.shape[1], _bucket(h.shape[1])
-    block_t, block_n, warps, stages, per_sm = CONFIGS["grad_b"][bucket]
+    block_t, block_n, warps, stages, per_sm = _config("grad_b", rank, grad.dtype)
     strips = triton.cdiv(out_features, block_n)
     row_tiles = triton.cdiv(rows, block_t)
     splits = _splits(row_tiles, strips, per_sm, grad.device)
@@ -505,7 +511,7 @@ def launch_lora_grad_a(x, q, lora_A, grad_x, threshold, keep_scale, seed):
     """dA = qᵀ drop(x) in A's dtype; adds mask∘(q A) to grad_x in place unless it is None."""
     rows, in_features = x.shape
     rank, bucket = q.shape[1], _bucket(q.shape[1])
-    block_t, block_k, warps, stages, per_sm = CONFIGS["grad_a_dropout" if threshold else "grad_a"][bucket]
+    block_t, block_k, warps, stages, per_sm = _config("grad_a_dropout" if threshold else "grad_a", rank, x.dtype)
     strips = triton.cdiv(in_features, block_k)
     row_tiles = triton.cdiv(rows, block_t)
     splits = _splits(row_tiles, strips, per_sm, x.device)

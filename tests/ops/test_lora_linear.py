@@ -224,6 +224,30 @@ def test_triton_product_with_the_update_in_its_accumulator(dtype, p, conv1d, siz
         assert relative_error(value, reference) <= 4 * RELATIVE[dtype], name
 
 
+@pytest.mark.parametrize("threshold", [0, 3277])
+@pytest.mark.parametrize("sizes", [(130, 64, 48, 33), (70, 40, 24, 5), (300, 72, 136, 130)])
+def test_triton_gradient_passes_read_nothing_outside_their_inputs(device, sizes, threshold):
+    from sensilora.kernels import lora_linear as kernels
+
+    def inside_nan(*shape):
+        """A contiguous tensor with NaN before and behind it in memory: 0 * NaN would show."""
+        size = shape[0] * shape[1]
+        memory = torch.full((size + 100_000,), float("nan"), device=device)
+        return memory[50_000 : 50_000 + size].view(shape).copy_(torch.randn(shape))
+
+    rows, in_features, out_features, rank = sizes
+    x, grad = inside_nan(rows, in_features), inside_nan(rows, out_features)
+    h, q = inside_nan(rows, rank), inside_nan(rows, rank)
+    lora_A, lora_B = inside_nan(rank, in_features), inside_nan(out_features, rank)
+    seed = torch.tensor([3], device=device)
+    got_q, grad_B = kernels.launch_lora_grad_b(grad, h, lora_B, 1.0)
+    assert relative_error(got_q, grad.double() @ lora_B.double()) <= 1e-5
+    assert relative_error(grad_B, grad.double().T @ h.double()) <= 1e-5
+    kept = keep_mask(rows, in_features, threshold / 65536, 3, device)
+    grad_A = kernels.launch_lora_grad_a(x, q, lora_A, None, threshold, 1.0, seed)
+    assert relative_error(grad_A, q.double().T @ (x.double() * kept)) <= 1e-5
+
+
 def test_triton_product_under_the_interpreter():
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
