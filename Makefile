@@ -20,14 +20,14 @@ help:
 	@echo "make test      all tests that need no GPU"
 	@echo "make test-gpu  the tests marked gpu"
 	@echo "make lint      ruff and mypy"
-	@echo "make bench     time the ops against their references; results in benchmarks/results/"
+	@echo "make bench     time the ops against their references; results in out/benchmarks/"
 	@echo "make wheel     a wheel with the native extension, in dist/"
 	@echo "make clean     remove what was built, and .venv"
 	@echo "Variables: PY=python3 (interpreter), TORCH=torch==2.13.0 (where it has no torch), ARGS= (passed on)"
 
 demo:
 	$(PREPARE) --extras demo --model $(if $(findstring --model,$(ARGS)),want,need)
-	$(PYTHON) -m sensilora demo $(ARGS)
+	$(PYTHON) -m sensilora demo --force $(ARGS)
 
 test:
 	$(PREPARE) --extras test --model want

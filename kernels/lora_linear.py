@@ -319,6 +319,8 @@ CONFIGS: dict[str, dict[int, tuple[int, ...]]] = {
     "grad_a": {16: (64, 64, 4, 3, 4), 32: (64, 128, 4, 3, 2), 64: (128, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
     "grad_a_dropout": {16: (16, 128, 4, 4, 4), 32: (32, 64, 4, 4, 4), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
 }
+# Bytes of shared memory a block may take for which they were chosen: an A100's; the H100 and H200 have more.
+TUNED_SHARED_MEMORY = 160 * 1024
 REDUCE_BLOCK = 256
 # BLOCK_T, BLOCK_C, BLOCK_K, GROUP, num_warps, num_stages of the product, tuned at 8192 rows. With few rows cuBLAS
 # splits the reduction, which this kernel does not; above rank 64 the tile of the update takes the memory of a stage.
@@ -327,12 +329,17 @@ PRODUCT_MIN_ROWS = 2048
 PRODUCT_MAX_RANK = 64
 
 
-def _config(kernel: str, rank: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """The entry of CONFIGS; fp32 tiles take twice the shared memory, so they get half the columns and two stages."""
+def _config(kernel: str, rank: int, like: torch.Tensor) -> tuple[int, ...]:
+    """The entry of CONFIGS; half the columns and two stages where fp32 or a smaller GPU would not fit its tiles."""
     rows, columns, warps, stages, *rest = CONFIGS[kernel][_bucket(rank)]
-    if dtype == torch.float32:
+    if like.dtype == torch.float32 or (like.is_cuda and _shared_memory(like.device) < TUNED_SHARED_MEMORY):
         columns, stages = max(32, columns // 2), 2
     return rows, columns, warps, stages, *rest
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a block may take; as the tuned GPU's where torch does not tell."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", TUNED_SHARED_MEMORY)
 
 
 def _bucket(rank: int) -> int:
@@ -354,7 +361,7 @@ def launch_lora_down(x, lora_A, threshold, keep_scale, seed):
     rows, in_features = x.shape
     rank = lora_A.shape[0]
     h = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
-    block_t, block_k, warps, stages = _config("down", rank, x.dtype)
+    block_t, block_k, warps, stages = _config("down", rank, x)
     _lora_down_kernel[(triton.cdiv(rows, block_t), triton.cdiv(rank, _bucket(rank)))](
         x, lora_A, h, seed, rows, in_features, rank, x.stride(0), lora_A.stride(0), lora_A.stride(1),
         threshold, keep_scale,
@@ -372,7 +379,7 @@ def _row_major(matrix: torch.Tensor) -> bool:
 
 def product_serves(left: torch.Tensor, matrix: torch.Tensor, rank: int) -> bool:
     """Whether `launch_lora_product` can compute left matrix + ..., and was measured to beat cuBLAS plus a pass."""
-    on_hopper = left.is_cuda and torch.cuda.get_device_capability(left.device) >= (9, 0)
+    on_hopper = left.is_cuda and torch.cuda.get_device_capability(left.device) == (9, 0)
     return (
         on_hopper
         and left.dtype in (torch.bfloat16, torch.float16)
@@ -409,7 +416,7 @@ def launch_lora_up(out, left, right, scale, threshold, seed):
     """out += scale * mask∘(left rightᵀ) in place; out (rows, columns) contiguous, right (columns, rank)."""
     rows, columns = out.shape
     rank = left.shape[1]
-    block_t, block_c, warps, stages = _config("up", rank, out.dtype)
+    block_t, block_c, warps, stages = _config("up", rank, out)
     _lora_up_kernel[(triton.cdiv(columns, block_c), triton.cdiv(rows, block_t))](
         out, left, right, seed, rows, columns, rank, right.stride(0), right.stride(1), scale, threshold,
         DROPOUT=threshold > 0, PRECISION=_precision(out.dtype),
@@ -485,7 +492,7 @@ def launch_lora_grad_b(grad, h, lora_B, scaling):
     """q = s dY B in dY's dtype, and dB = s dYᵀ h in B's dtype."""
     rows, out_features = grad.shape
     rank, bucket = h.shape[1], _bucket(h.shape[1])
-    block_t, block_n, warps, stages, per_sm = _config("grad_b", rank, grad.dtype)
+    block_t, block_n, warps, stages, per_sm = _config("grad_b", rank, grad)
     strips = triton.cdiv(out_features, block_n)
     row_tiles = triton.cdiv(rows, block_t)
     splits = _splits(row_tiles, strips, per_sm, grad.device)
@@ -511,7 +518,7 @@ def launch_lora_grad_a(x, q, lora_A, grad_x, threshold, keep_scale, seed):
     """dA = qᵀ drop(x) in A's dtype; adds mask∘(q A) to grad_x in place unless it is None."""
     rows, in_features = x.shape
     rank, bucket = q.shape[1], _bucket(q.shape[1])
-    block_t, block_k, warps, stages, per_sm = _config("grad_a_dropout" if threshold else "grad_a", rank, x.dtype)
+    block_t, block_k, warps, stages, per_sm = _config("grad_a_dropout" if threshold else "grad_a", rank, x)
     strips = triton.cdiv(in_features, block_k)
     row_tiles = triton.cdiv(rows, block_t)
     splits = _splits(row_tiles, strips, per_sm, x.device)

@@ -45,38 +45,60 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
     return write_bytes(path, save(on_cpu, metadata={"format": "pt"}))
 
 
+#: Files that tell a folder this package wrote. `force` replaces no other folder, since replacing is deleting.
+_MARKERS = ("adapter_config.json", "config.json", "report.md")
+
+
 @contextlib.contextmanager
 def output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` on success, remove it on any exception.
 
     Raises:
-        OutputExistsError: `path` is a file, or a folder that is not empty while `force` is false.
+        OutputExistsError: `path` is a file, or a folder that is not empty while `force` is false; or one that `force`
+            may not replace: not written by this package, or the working folder or a parent of it.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()  # a link keeps pointing where it did; what it points at is replaced
     if path.is_file():
         raise OutputExistsError(f"output {path} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not force:
-        raise OutputExistsError(f"output folder {path} exists already; pass --force (force=True) to overwrite it")
+    if path.is_dir() and any(path.iterdir()):
+        if not force:
+            raise OutputExistsError(f"output folder {path} exists already; pass --force (force=True) to overwrite it")
+        if path in (Path.cwd(), *Path.cwd().parents) or not any((path / name).is_file() for name in _MARKERS):
+            raise OutputExistsError(
+                f"output folder {path} holds files this package did not write, which --force would delete; "
+                "name another folder"
+            )
     new_parents = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     try:
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
-        if path.is_dir():
-            # Two renames, so that the old folder is complete until the new one is.
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # someone else may have put something there meanwhile
             for parent in new_parents:
                 parent.rmdir()
         raise
+    _swap(temporary, path)
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`; the old folder is complete until the new one is. Results are never deleted."""
+    old = None
+    try:
+        if path.is_dir():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except OSError as error:
+        if old is not None and not path.exists():
+            os.replace(old, path)
+        raise OSError(
+            error.errno, f"cannot put the results at {path} ({error.strerror}); they are in {temporary}"
+        ) from error
+    if old is not None:
+        shutil.rmtree(old)
 
 
 def _umask() -> int:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -24,6 +25,7 @@ from sensilora import _files
 from sensilora.errors import AdapterError, PlanError
 from sensilora.nn import VarRankLoRALinear
 from sensilora.plan import RankPlan
+from sensilora.sensitivity.head import untrained_head
 from sensilora.targets import fingerprint, is_conv1d, is_matrix, matrix_shape, model_id
 
 CONFIG_FILE = "adapter_config.json"
@@ -86,12 +88,24 @@ def inject(
             raise PlanError(
                 f"the plan is for {plan.model_id}: {name} is {tuple(entry.shape)} there, {matrix_shape(module)} here"
             )
-    if strict and plan.fingerprint != fingerprint(model):
+    if strict and plan.fingerprint and plan.fingerprint != fingerprint(model):
         raise PlanError(
             f"the plan was made for another model ({plan.model_id}): fingerprints differ; calibrate this model, or "
             "pass strict=False if only its vocabulary was resized"
         )
     saved = _matching(modules, modules_to_save)
+    for name in plan.ranks:
+        if any(name == module or name.startswith(module + ".") for module in saved):
+            raise AdapterError(
+                f"the plan adapts {name}, which modules_to_save trains in full; leave it out of one of the two"
+            )
+    head = untrained_head(model)
+    if head is not None and head not in saved:
+        warnings.warn(
+            f"the head {head!r} looks new and is frozen now; pass modules_to_save=[{head!r}] to train it",
+            UserWarning,
+            stacklevel=2,
+        )
     layers = {
         name: VarRankLoRALinear(
             modules[name],
@@ -159,9 +173,18 @@ def merge(model: Model) -> Model:
     Follow with `unload` to get the plain model with the updates in it. Returns `model`.
 
     Raises:
-        AdapterError: the model carries no adapter.
+        AdapterError: the model carries no adapter, or a weight to be merged is shared with another module, whose
+            function would change too.
     """
-    for layer in _required_layers(model).values():
+    layers = _required_layers(model)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        shared = [owner for owner in owners[id(layer.weight)] if owner != f"{name}.base_layer.weight"]
+        if shared and any(model.get_submodule(owner.rpartition(".")[0]) is not layer.base_layer for owner in shared):
+            raise AdapterError(f"the weight of {name} is shared with {shared[0]}, which merging would change too")
+    for layer in layers.values():
         layer.merge()
     return model
 
@@ -355,6 +378,20 @@ def _check_fit(
         )
 
 
+Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Initialisations that leave the base weights as they are; others (pissa, olora, corda, loftq, ...) change them.
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Fields that, where set, give the tensors a meaning this package does not know.
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "trainable_token_indices",
+)
+
+
 class AdapterConfig(BaseModel):
     """The fields of PEFT's adapter_config.json that decide what the tensors mean; all others are ignored."""
 
@@ -362,14 +399,19 @@ class AdapterConfig(BaseModel):
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     r: Annotated[int, Field(ge=1)]
-    lora_alpha: Annotated[float, Field(gt=0)]
+    lora_alpha: Alpha
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
-    use_dora: bool = False
-    lora_bias: bool = False
+    init_lora_weights: Any = True
+    use_dora: Any = None
+    lora_bias: Any = None
+    use_qalora: Any = None
+    alora_invocation_tokens: Any = None
+    target_parameters: Any = None
+    trainable_token_indices: Any = None
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -410,7 +452,12 @@ def _read_config(path: Path) -> AdapterConfig:
         raise AdapterError(
             f"{path}: {field}: {first['msg']}; it was truncated or edited, save the adapter again"
         ) from error
-    for field in ("use_dora", "lora_bias"):
+    if config.init_lora_weights not in _PLAIN_INITS:
+        raise AdapterError(
+            f"{path}: init_lora_weights {config.init_lora_weights!r} changed the base weights, which are not in "
+            "the adapter file; open the adapter with PEFT and save it converted"
+        )
+    for field in _UNSUPPORTED:
         if getattr(config, field):
             raise AdapterError(f"{path}: {field} is set, which this package cannot load; open the adapter with PEFT")
     return config

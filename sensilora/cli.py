@@ -10,6 +10,7 @@ import errno
 import functools
 import importlib.util
 import json
+import math
 import random
 import re
 import sys
@@ -228,7 +229,9 @@ LabelFieldOption = Annotated[
     str | None, typer.Option("--label-field", metavar="FIELD", help="JSONL field that holds the class [label].")
 ]
 MaxLengthOption = Annotated[int, typer.Option("--max-length", min=2, help="Longest sequence, in tokens.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything that is drawn at random.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything that is drawn at random.")
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto: the GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the model's weights; auto: as in its files.")]
 EditedOption = Annotated[
@@ -449,8 +452,8 @@ def train(
     A classifier's head is trained in full and saved with them. The folder also gets the plan and training.json, the
     log with the settings.
     """
-    if epochs <= 0 or learning_rate <= 0:
-        raise typer.BadParameter("epochs and learning rate must be above 0")
+    if not (0 < epochs < math.inf and 0 < learning_rate < math.inf):
+        raise typer.BadParameter("epochs and learning rate must be finite numbers above 0")
     _check_folder(output, force)
 
     from sensilora import _files
@@ -666,6 +669,8 @@ def doctor(
 
 def _check_outputs(paths: Sequence[Path], force: bool) -> None:
     """Before the work and not after it: no output may exist, unless it may be overwritten."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise OutputExistsError(f"two outputs have the same path among {', '.join(map(str, paths))}; name them apart")
     for path in paths:
         if path.is_dir():
             raise OutputExistsError(f"output {path} is a folder; name a file")

@@ -134,7 +134,11 @@ class VarRankLoRALinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take s B A out of the base weight again; exact up to one rounding of the base's dtype."""
+        """Take s B A out of the base weight again.
+
+        The weight was rounded to the base's dtype by `merge` and is once more: where the update is large beside the
+        weight, several units in the last place of a 16-bit weight may be lost. Keep a copy for an exact return.
+        """
         if self.merged:
             self._add_to_base(-1.0)
             self.merged = False
@@ -144,7 +148,7 @@ class VarRankLoRALinear(nn.Module):
         weight = self.weight
         if is_conv1d(self.base_layer):
             delta = delta.t()
-        weight.copy_(weight.to(delta.dtype) + delta)
+        weight.copy_(weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta)
 
     @torch.no_grad()
     def resize_rank(self, rank: int) -> None:
@@ -162,24 +166,16 @@ class VarRankLoRALinear(nn.Module):
         if self.merged:
             raise AdapterError("a merged adapter cannot change its rank; call unmerge() first")
         old_A, old_B, old_rank = self.lora_A, self.lora_B, self.rank
+        # All that can fail comes before the layer is touched.
+        kept_A, kept_B = (old_A, old_B) if rank >= old_rank else _truncated(old_A, old_B, rank)
         self.rank = rank
         self.lora_A = self._parameter(rank, self.in_features, old_A.dtype)
         self.lora_B = self._parameter(self.out_features, rank, old_A.dtype)
         self.lora_A.requires_grad_(old_A.requires_grad)
         self.lora_B.requires_grad_(old_B.requires_grad)
         self.reset_parameters()
-        if rank >= old_rank:
-            self.lora_A[:old_rank] = old_A
-            self.lora_B[:, :old_rank] = old_B
-            return
-        # SVD of the (old_rank, old_rank) core instead of the (out, in) product.
-        basis_B, core_B = torch.linalg.qr(old_B.double())
-        basis_A, core_A = torch.linalg.qr(old_A.double().T)
-        left, singular, right = torch.linalg.svd(core_B @ core_A.T)
-        kept = int((singular[:rank] > singular[0] * 1e-12).sum()) if old_rank else 0
-        root = singular[:kept].sqrt()
-        self.lora_A[:kept] = (root[:, None] * (right[:kept] @ basis_A.T)).to(old_A.dtype)
-        self.lora_B[:, :kept] = ((basis_B @ left[:, :kept]) * root).to(old_B.dtype)
+        self.lora_A[: kept_A.shape[0]] = kept_A.to(old_A.dtype)
+        self.lora_B[:, : kept_A.shape[0]] = kept_B.to(old_B.dtype)
 
     def extra_repr(self) -> str:
         """Shown between the parentheses of ``print(model)``."""
@@ -187,3 +183,14 @@ class VarRankLoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"scaling={self.scaling:g}, dropout={self.dropout:g}" + (", merged" if self.merged else "")
         )
+
+
+def _truncated(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of the nearest matrix to B A of at most this rank, without directions in which B A is zero, in fp64."""
+    # SVD of the (rank, rank) core instead of the (out, in) product.
+    basis_B, core_B = torch.linalg.qr(lora_B.double())
+    basis_A, core_A = torch.linalg.qr(lora_A.double().T)
+    left, singular, right = torch.linalg.svd(core_B @ core_A.T)
+    kept = int((singular[:rank] > singular[0] * 1e-12).sum())
+    root = singular[:kept].sqrt()
+    return root[:, None] * (right[:kept] @ basis_A.T), (basis_B @ left[:, :kept]) * root

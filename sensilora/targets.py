@@ -83,6 +83,12 @@ def find_targets(model: nn.Module, targets: Targets = "all-linear") -> dict[str,
                 raise TargetError(f"target {suffix!r} matches no linear module; {_examples(matrices)}")
             selected |= matching
         found = {name: module for name, module in matrices.items() if name in selected}
+    for name, module in found.items():
+        weight = module.get_parameter("weight")
+        if not weight.is_floating_point() or weight.dim() != 2:
+            raise TargetError(
+                f"the weight of {name} is packed ({weight.dtype}); quantised layers are not supported yet"
+            )
     if not found:
         raise TargetError(f"targets {targets!r} match no linear module; {_examples(matrices)}")
     return found
@@ -90,6 +96,17 @@ def find_targets(model: nn.Module, targets: Targets = "all-linear") -> dict[str,
 
 def _examples(matrices: dict[str, nn.Module]) -> str:
     return "the model has, for example, " + ", ".join(list(matrices)[:3])
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's or DistributedDataParallel's wrapper, whose names it has."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def model_id(model: nn.Module) -> str:

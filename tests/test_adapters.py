@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from sensilora.plan import RankPlan
 from sensilora.targets import find_targets, fingerprint, matrix_shape
 
 transformers = pytest.importorskip("transformers")
+
+# The tiny models' heads are as transformers initialises them; the one test of the warning catches it.
+pytestmark = pytest.mark.filterwarnings("ignore:the head")
 
 
 def bert():
@@ -186,6 +190,40 @@ def test_a_shared_module_is_replaced_everywhere():
     assert model["a"][0] is model["b"][0] is shared
 
 
+def test_merging_a_tied_weight_is_refused():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    inject(model, RankPlan.uniform({"a": (4, 4)}, 2))
+    with pytest.raises(AdapterError, match=r"weight of a is shared with b\.weight"):
+        merge(model)
+    assert not model["a"].merged
+
+
+def test_a_planned_matrix_cannot_be_saved_in_full_too():
+    model = bert()
+    with pytest.raises(AdapterError, match=r"the plan adapts bert\.pooler\.dense"):
+        inject(model, plan_for(model), modules_to_save=["bert.pooler"])
+    assert not adapter_layers(model)
+
+
+def test_a_new_head_that_stays_frozen_is_told():
+    model = bert()
+    with pytest.warns(UserWarning, match="head 'classifier' looks new"):
+        inject(model, plan_for(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inject(bert(), plan_for(bert()), modules_to_save=["classifier"])
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_peft_adapters_that_changed_the_base_are_refused(tmp_path, init):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["query"], init_lora_weights=init)
+    peft.get_peft_model(bert(), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=f"init_lora_weights '{init}' changed the base weights"):
+        load_adapter(bert(), tmp_path / "adapter")
+
+
 def test_deepcopy_keeps_what_to_save(tmp_path):
     model = bert()
     trained(model, plan_for(model), modules_to_save=["classifier"])
@@ -289,6 +327,10 @@ class TestDamagedAdapter:
             ({"r": None}, ": r: "),
             ({"lora_alpha": "x"}, "lora_alpha"),
             ({"lora_alpha": 0}, "lora_alpha"),
+            ({"lora_alpha": float("inf")}, "lora_alpha"),
+            ({"alpha_pattern": {"a": float("nan")}}, "alpha_pattern"),
+            ({"alpha_pattern": {"a": -1}}, "alpha_pattern"),
+            ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
             ({"rank_pattern": {}}, "rank 4 but its tensors have rank"),
             ({"alpha_pattern": {"a": "b"}}, "alpha_pattern"),
             ({"rank_pattern": {"(": 3}}, r"rank_pattern.*not a valid regular expression"),

@@ -70,7 +70,7 @@ def test_output_folder_appears_whole(tmp_path):
 def test_failed_output_folder_leaves_the_old_one(tmp_path, error):
     target = tmp_path / "run"
     target.mkdir()
-    (target / "old").write_text("1")
+    (target / "report.md").write_text("1")
 
     def fail():
         with _files.output_folder(target, force=True) as folder:
@@ -79,8 +79,46 @@ def test_failed_output_folder_leaves_the_old_one(tmp_path, error):
 
     with pytest.raises(type(error)):
         fail()
-    assert everything_in(target) == ["old"]
+    assert everything_in(target) == ["report.md"]
     assert everything_in(tmp_path) == ["run"]
+
+
+def test_force_deletes_nothing_this_package_did_not_write(tmp_path, monkeypatch):
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(OutputExistsError, match="did not write"), _files.output_folder(tmp_path, force=True):
+        pass
+    (tmp_path / "report.md").write_text("1")
+    (tmp_path / "inside").mkdir()
+    for working_folder in (tmp_path, tmp_path / "inside"):
+        monkeypatch.chdir(working_folder)
+        with pytest.raises(OutputExistsError, match="did not write"), _files.output_folder(tmp_path, force=True):
+            pass
+    assert (tmp_path / "train.jsonl").exists()
+
+
+def test_a_linked_output_folder_is_replaced_where_it_is(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with _files.output_folder(tmp_path / "link") as folder:
+        (folder / "report.md").write_text("1")
+    assert (tmp_path / "link").is_symlink()
+    assert everything_in(tmp_path / "real") == ["report.md"]
+
+
+def test_results_survive_a_failed_rename(tmp_path, monkeypatch):
+    def busy(source, target):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    def write():
+        with _files.output_folder(tmp_path / "run") as folder:
+            (folder / "a").write_text("1")
+            monkeypatch.setattr(os, "replace", busy)
+
+    with pytest.raises(OSError, match="they are in") as caught:
+        write()
+    kept = [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
+    assert str(kept[0]) in str(caught.value)
+    assert everything_in(kept[0]) == ["a"]
 
 
 def test_failed_output_folder_removes_the_parents_it_made(tmp_path):
@@ -92,7 +130,7 @@ def test_failed_output_folder_removes_the_parents_it_made(tmp_path):
 def test_existing_output_needs_force(tmp_path):
     target = tmp_path / "run"
     target.mkdir()
-    (target / "old").write_text("1")
+    (target / "report.md").write_text("1")
     with pytest.raises(OutputExistsError, match=r"exists already; pass --force"), _files.output_folder(target):
         pass
     with _files.output_folder(target, force=True) as folder:

@@ -147,6 +147,17 @@ def test_shrinking_an_untrained_adapter_leaves_it_trainable():
     assert layer.lora_B.grad.abs().sum() > 0
 
 
+def test_a_failed_resize_leaves_the_layer_as_it_was():
+    layer = trained(nn.Linear(8, 6), rank=4)
+    with torch.no_grad():
+        layer.lora_B[0, 0] = float("nan")
+    before = layer.lora_B
+    with pytest.raises(torch.linalg.LinAlgError):
+        layer.resize_rank(2)
+    assert layer.rank == 4
+    assert layer.lora_B is before
+
+
 def test_resizing_a_merged_adapter_is_refused():
     layer = trained(nn.Linear(8, 6))
     layer.merge()

@@ -45,7 +45,7 @@ def keep_mask(rows: int, columns: int, p: float, seed: int, device: torch.device
     row, block = torch.broadcast_tensors(row, block)
     words = _philox((block, row & _WORD, row >> 32, torch.zeros_like(row)), seed)
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return halves.reshape(rows, -1)[:, :columns] >= threshold(p)
+    return halves.flatten(1)[:, :columns] >= threshold(p)
 
 
 def _philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:

@@ -28,6 +28,7 @@ class ActivationEstimator:
         self.batch: Batch | None = None
         self.batches = self.tokens = self.sequences = 0
         self._last: _Seen | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def wrap(self, name: str, module: nn.Module, forward: Forward) -> Forward:
         matrix = self.matrices[name]
@@ -46,7 +47,9 @@ class ActivationEstimator:
         if last is None or last.x is not x or last.version != x._version or last.rows.mask is not rows.mask:
             mask = None if rows.mask is None else rows.mask.view(x.shape[:-1])
             last = self._last = _Seen(x, x._version, rows, ops.autocorrelation_diag(x.detach(), mask=mask))
+        # Many batches are summed in fp64; what comes out has the precision of one.
         matrix.accumulator(x, last.squares.shape, torch.float64).add_(last.squares)
+        self._dtypes[matrix.name] = last.squares.dtype
         matrix.tokens += rows.count
         matrix.calls += 1
 
@@ -64,6 +67,6 @@ class ActivationEstimator:
             raise_non_finite(self.model, self.modules, batch, "an input of a target module")
 
     def diagonal(self, matrix: Matrix) -> Tensor:
-        """(in_features,) fp64: mean square of each input, per counted token of the batches."""
+        """(in_features,), fp64 for fp64 inputs, else fp32: mean square of each input, per counted token."""
         assert matrix.diagonal is not None
-        return matrix.diagonal / self.tokens
+        return (matrix.diagonal / self.tokens).to(self._dtypes[matrix.name])

@@ -21,7 +21,7 @@ from sensilora.sensitivity.capture import Matrix, frozen, group_tied, wrapped_fo
 from sensilora.sensitivity.fisher import FisherEstimator, LossFunction
 from sensilora.sensitivity.head import untrained_head, warmed_head
 from sensilora.sensitivity.report import EstimatorName, LabelSource, MatrixSensitivity, Mode, SensitivityReport
-from sensilora.targets import Targets, find_targets, fingerprint, model_id
+from sensilora.targets import Targets, find_targets, fingerprint, model_id, unwrapped
 
 ESTIMATORS = ("activation", "fisher")
 LABELS = ("data", "model")
@@ -57,7 +57,9 @@ def calibrate(
       "per_sequence" squares after the sum over positions, (1/N) Σ_n (G_nᵀX_n)²; "per_position" before it,
       (1/N) Σ_n (G_n∘G_n)ᵀ(X_n∘X_n), where each call of a module is a position of its own.
 
-    Padding (``attention_mask`` 0) and labels of -100 never count. The model runs in eval mode. Its training mode,
+    Padding (``attention_mask`` 0) never counts; nor do labels of -100 with Fisher ("activation" reads no labels, so a
+    prompt token whose label is ignored is still an input). A model under torch.compile or DistributedDataParallel is
+    measured as the model inside. The model runs in eval mode. Its training mode,
     requires_grad, gradients, forwards, hooks and the random number generators are afterwards as they were, also after
     an exception. All weights may be frozen; gradient checkpointing may be on; modules may run more than once and
     share weights (a shared weight is one matrix, its calls' gradients added before they are squared).
@@ -97,6 +99,7 @@ def calibrate(
         UserWarning: Fisher on a classification head that looks newly initialised, without `head_warmup_steps`.
     """
     _check_arguments(estimator, mode, labels, draws, k, alpha, loss_fn, head_warmup_steps)
+    model = unwrapped(model)
     modules = find_targets(model, targets)
     matrices = group_tied(modules)
     _check_parameters(model)
@@ -183,6 +186,8 @@ def _check_arguments(
         raise CalibrationError(f"draws={draws}: it must be 1, or at least 1 with labels='model'")
     if loss_fn is not None and labels == "model":
         raise CalibrationError("labels='model' samples from the logits, so it cannot be combined with loss_fn")
+    if estimator == "activation" and (labels != "data" or loss_fn is not None):
+        raise CalibrationError("the activation estimator reads no labels and no loss; leave labels and loss_fn out")
     if head_warmup_steps < 0 or (head_warmup_steps and estimator != "fisher"):
         raise CalibrationError(f"head_warmup_steps={head_warmup_steps}: it must be 0, or positive with 'fisher'")
 

@@ -103,8 +103,9 @@ def _logits(outputs: Any) -> Tensor:
 
 
 def _predicts_next_token(model: nn.Module) -> bool:
-    name = type(model).__name__
-    return not is_encoder_decoder(model) and any(part in name for part in _NEXT_TOKEN_MODELS)
+    # By the bases' names too, so that a subclass of a user's own counts.
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return not is_encoder_decoder(model) and any(part in name for name in names for part in _NEXT_TOKEN_MODELS)
 
 
 def _of_tokens(logits: Tensor, batch: Batch, shift: bool) -> Likelihood:

@@ -86,10 +86,12 @@ def test_rank_zero_is_the_base_layer(on_backend, device, bias):
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6)])
-def test_no_rows(on_backend, device, shape):
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_no_rows(on_backend, device, shape, p):
     tensors = make((*shape, 5, 3), torch.float32, device)
+    upstream = torch.ones(*shape[:-1], 5)
     with on_backend(OP, torch.float32):
-        y, grad_x, grad_A, grad_B = results(lambda *t: lora_linear(*t, 1.0), tensors, torch.ones(*shape[:-1], 5))
+        y, grad_x, grad_A, grad_B = results(lambda *t: lora_linear(*t, 1.0, dropout_p=p), tensors, upstream)
     assert y.shape == (*shape[:-1], 5)
     assert grad_x.shape == shape
     assert not grad_A.any()
