@@ -302,14 +302,24 @@ def test_interrupted_run_leaves_nothing_behind(model_folder, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_existing_folder_is_kept_unless_forced(model_folder, tmp_path):
+def test_results_are_kept_unless_forced(model_folder, tmp_path):
+    out = tmp_path / "out"
+    run_demo(out, model=model_folder, rows=8, epochs=1)
+    before = (out / "metrics.json").read_bytes()
+    with pytest.raises(OutputExistsError, match="exists already"):
+        run_demo(out, model=model_folder, rows=8, epochs=1, seed=1)
+    assert (out / "metrics.json").read_bytes() == before
+    run_demo(out, model=model_folder, rows=8, epochs=1, seed=1, force=True)
+    assert {path.name for path in out.iterdir()} == OUTPUTS
+    assert json.loads((out / "metrics.json").read_bytes())["settings"]["seed"] == 1
+
+
+def test_a_folder_of_other_files_is_kept_even_when_forced(model_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match="exists already"):
-        run_demo(tmp_path / "out", model=model_folder, rows=8, epochs=1)
+    with pytest.raises(OutputExistsError, match="did not write"):
+        run_demo(tmp_path / "out", model=model_folder, rows=8, epochs=1, force=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
-    run_demo(tmp_path / "out", model=model_folder, rows=8, epochs=1, force=True)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == OUTPUTS
 
 
 def test_diverging_training_names_the_step(model_folder, tmp_path):
