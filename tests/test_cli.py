@@ -398,7 +398,7 @@ def one_sentence(capsys):
             "label",
         ),
         (("train", "{bert}", "missing.json", "{train}"), "missing.json: No such file"),
-        (("train", "{bert}", "{plan}", "{train}", "--epochs", 0), "epochs and learning rate must be above 0"),
+        (("train", "{bert}", "{plan}", "{train}", "--epochs", 0), "must be finite numbers above 0"),
         (("train", "{bert}", "{plan}", "{train}", "--eval-data", "none.jsonl"), "none.jsonl does not exist"),
         (("train", "{llama}", "{plan}", "{corpus}"), "the plan is for"),
         (("train", "{bert}", "{plan}", "{corpus}", "--task", "classification"), "96 of 96 rows have no label"),
@@ -487,8 +487,11 @@ def test_existing_outputs_are_kept_without_force(files, classifier, work, capsys
         assert "exists already; pass --force" in sentence or "is a f" in sentence
         assert content(work) == {"file", "out", "out/mine.txt"}
     assert (work / "file").read_text() == (work / "out" / "mine.txt").read_text() == "mine"
-    succeed(capsys, "export", adapter, "--to", "peft", "--output", "out", "--force")
-    assert not (work / "out" / "mine.txt").exists()
+    assert run("export", adapter, "--to", "peft", "--output", "out", "--force") == 2
+    assert "did not write" in one_sentence(capsys)
+    assert (work / "out" / "mine.txt").read_text() == "mine"
+    for force in ((), ("--force",)):
+        succeed(capsys, "export", adapter, "--to", "peft", "--output", "ours", *force)
     succeed(capsys, *planned, "--output", "file", "--force")
     assert RankPlan.load("file")
 
