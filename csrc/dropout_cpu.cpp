@@ -29,14 +29,14 @@ struct DropRow {
 };
 
 template <bool kAdd>
-void drop_into(const Matrix& x, const Tensor& out, uint32_t threshold, int64_t seed) {
+void drop_rows(const Matrix& x, const Tensor& out, uint32_t threshold, int64_t seed, int64_t first_row) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, x.columns));
   for_floating_type(out.scalar_type(), "x", [&](auto tag) {
     using T = decltype(tag);
     T* data = static_cast<T*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, x.rows, grain, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t)
-        dispatch<DropRow<T, kAdd>>(x.row<T>(t), data + t * x.columns, x.columns, t, seed, threshold);
+        dispatch<DropRow<T, kAdd>>(x.row<T>(t), data + t * x.columns, x.columns, first_row + t, seed, threshold);
     });
   });
 }
@@ -47,7 +47,7 @@ Tensor dropout(const Tensor& x, double p, int64_t seed) {
   check_dropout(p);
   const Matrix matrix = as_matrix(x, "x");
   Tensor out = torch::stable::new_empty(x, {matrix.rows, matrix.columns});
-  drop_into<false>(matrix, out, dropout_threshold(p), seed);
+  drop_rows<false>(matrix, out, dropout_threshold(p), seed, 0);
   return out;
 }
 
@@ -59,8 +59,12 @@ bool drops_any(double p) { return dropout_threshold(p) > 0; }
 
 Tensor dropped(const Tensor& x, double p, int64_t seed) { return drops_any(p) ? dropout(x, p, seed) : x; }
 
-void add_dropped(const Tensor& into, const Tensor& x, double p, int64_t seed) {
-  drop_into<true>(as_matrix(x, "x"), into, dropout_threshold(p), seed);
+void drop_into(const Tensor& out, const Tensor& x, double p, int64_t seed, int64_t first_row) {
+  drop_rows<false>(as_matrix(x, "x"), out, dropout_threshold(p), seed, first_row);
+}
+
+void add_dropped(const Tensor& into, const Tensor& x, double p, int64_t seed, int64_t first_row) {
+  drop_rows<true>(as_matrix(x, "x"), into, dropout_threshold(p), seed, first_row);
 }
 
 }  // namespace sensilora

@@ -1,26 +1,14 @@
 // y = x W^T + b + s (drop(x) A^T) B^T and its gradients. The products are torch's own; what is saved are the passes
 // over y and dx that scaling and adding the low-rank part would take, and the dropout mask.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <optional>
 #include <tuple>
 
 #include "common.h"
 #include "dropout.h"
+#include "products_cpu.h"
 
 namespace sensilora {
 namespace {
-
-// out = beta * self + alpha * (a b). `self` may be `out`; where beta is 0 it is not read.
-void addmm_into(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
-}
-
-void mm_into(const Tensor& out, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
-
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
 struct Shape {
   int64_t tokens, in, out, rank;

@@ -12,5 +12,12 @@ STABLE_TORCH_LIBRARY(sensilora_C, m) {
   m.def(
       "lora_linear_backward(Tensor grad, Tensor x, Tensor h, Tensor weight, Tensor lora_A, Tensor lora_B, "
       "float scaling, float dropout_p, int seed, bool need_grad_x) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "lora_segments(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, int[] ranks, "
+      "float[] scalings, float[] dropout_ps, Tensor offsets, Tensor adapters, Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "lora_segments_backward(Tensor grad, Tensor x, Tensor h, Tensor weight, Tensor lora_A, Tensor lora_B, "
+      "int[] ranks, float[] scalings, float[] dropout_ps, Tensor offsets, Tensor adapters, Tensor? seed, "
+      "bool need_grad_x) -> (Tensor, Tensor, Tensor)");
   m.def("dropout(Tensor x, float p, int seed) -> Tensor");
 }
