@@ -5,5 +5,14 @@ from sensilora.ops.autocorrelation_diag import autocorrelation_diag
 from sensilora.ops.diagonal_metrics import DiagonalMetrics, diagonal_metrics
 from sensilora.ops.fisher_diag import fisher_diag
 from sensilora.ops.lora_linear import lora_linear
+from sensilora.ops.lora_segments import lora_segments
 
-__all__ = ["DiagonalMetrics", "autocorrelation_diag", "diagonal_metrics", "fisher_diag", "lora_linear", "use_backend"]
+__all__ = [
+    "DiagonalMetrics",
+    "autocorrelation_diag",
+    "diagonal_metrics",
+    "fisher_diag",
+    "lora_linear",
+    "lora_segments",
+    "use_backend",
+]
