@@ -55,33 +55,20 @@ class VarRankLoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not is_matrix(base_layer):
-            raise AdapterError(f"base_layer must be nn.Linear or Conv1D, not {type(base_layer).__name__}")
-        if init not in INITS:
-            raise ValueError(f"init {init!r} is unknown; choose one of {', '.join(INITS)}")
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout must be in [0, 1], not {dropout}")
+        _check_base(base_layer)
         self.out_features, self.in_features = matrix_shape(base_layer)
-        self.rank = self._checked_rank(rank)
+        _check_settings(rank, base_layer, init, dropout)
+        self.rank = rank
         self.scaling = float(scaling)
         self.dropout = float(dropout)
         self.init = init
         self.merged = False
         self.base_layer = base_layer.requires_grad_(False)
-        if adapter_dtype is None:
-            adapter_dtype = torch.float32 if self.weight.dtype.itemsize == 2 else self.weight.dtype
+        adapter_dtype = adapter_dtype or _adapter_dtype(self.weight)
         self.lora_A = self._parameter(rank, self.in_features, adapter_dtype)
         self.lora_B = self._parameter(self.out_features, rank, adapter_dtype)
         self.reset_parameters()
         self.train(base_layer.training)
-
-    def _checked_rank(self, rank: int) -> int:
-        largest = min(self.in_features, self.out_features)
-        if not 0 <= rank <= largest:
-            raise RankError(
-                f"rank {rank} does not fit a {self.out_features}x{self.in_features} matrix; give 0 to {largest}"
-            )
-        return rank
 
     def _parameter(self, rows: int, columns: int, dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=self.weight.device))
@@ -98,16 +85,8 @@ class VarRankLoRALinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw lora_A anew and set lora_B to zero, so that the layer computes what the base layer does."""
-        self._initialise_rows(self.lora_A)
+        _draw(self.lora_A, self.init)
         nn.init.zeros_(self.lora_B)
-
-    def _initialise_rows(self, rows: Tensor) -> None:
-        if rows.numel() == 0:
-            return
-        if self.init == "kaiming":
-            nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
-        else:
-            nn.init.normal_(rows, std=1 / self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -119,8 +98,7 @@ class VarRankLoRALinear(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """s B A, (out_features, in_features), in fp32 (fp64 for fp64 adapters)."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+        return _delta(self.lora_A, self.lora_B, self.scaling)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -144,11 +122,7 @@ class VarRankLoRALinear(nn.Module):
             self.merged = False
 
     def _add_to_base(self, sign: float) -> None:
-        delta = sign * self.delta_weight()
-        weight = self.weight
-        if is_conv1d(self.base_layer):
-            delta = delta.t()
-        weight.copy_(weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta)
+        _add_to(self.base_layer, sign * self.delta_weight())
 
     @torch.no_grad()
     def resize_rank(self, rank: int) -> None:
@@ -162,20 +136,14 @@ class VarRankLoRALinear(nn.Module):
             RankError: the rank is out of range.
             AdapterError: the adapter is merged.
         """
-        self._checked_rank(rank)
+        _check_rank(rank, self.base_layer)
         if self.merged:
             raise AdapterError("a merged adapter cannot change its rank; call unmerge() first")
-        old_A, old_B, old_rank = self.lora_A, self.lora_B, self.rank
         # All that can fail comes before the layer is touched.
-        kept_A, kept_B = (old_A, old_B) if rank >= old_rank else _truncated(old_A, old_B, rank)
+        new_A, new_B = _resized(self.lora_A, self.lora_B, rank, self.init)
         self.rank = rank
-        self.lora_A = self._parameter(rank, self.in_features, old_A.dtype)
-        self.lora_B = self._parameter(self.out_features, rank, old_A.dtype)
-        self.lora_A.requires_grad_(old_A.requires_grad)
-        self.lora_B.requires_grad_(old_B.requires_grad)
-        self.reset_parameters()
-        self.lora_A[: kept_A.shape[0]] = kept_A.to(old_A.dtype)
-        self.lora_B[:, : kept_A.shape[0]] = kept_B.to(old_B.dtype)
+        self.lora_A = nn.Parameter(new_A, requires_grad=self.lora_A.requires_grad)
+        self.lora_B = nn.Parameter(new_B, requires_grad=self.lora_B.requires_grad)
 
     def extra_repr(self) -> str:
         """Shown between the parentheses of ``print(model)``."""
@@ -183,6 +151,66 @@ class VarRankLoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"scaling={self.scaling:g}, dropout={self.dropout:g}" + (", merged" if self.merged else "")
         )
+
+
+def _check_base(base_layer: nn.Module) -> None:
+    if not is_matrix(base_layer):
+        raise AdapterError(f"base_layer must be nn.Linear or Conv1D, not {type(base_layer).__name__}")
+
+
+def _check_settings(rank: int, base_layer: nn.Module, init: str, dropout: float) -> None:
+    if init not in INITS:
+        raise ValueError(f"init {init!r} is unknown; choose one of {', '.join(INITS)}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be in [0, 1], not {dropout}")
+    _check_rank(rank, base_layer)
+
+
+def _check_rank(rank: int, base_layer: nn.Module) -> None:
+    out_features, in_features = matrix_shape(base_layer)
+    if not 0 <= rank <= min(out_features, in_features):
+        raise RankError(
+            f"rank {rank} does not fit a {out_features}x{in_features} matrix; "
+            f"give 0 to {min(out_features, in_features)}"
+        )
+
+
+def _adapter_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float32 if weight.dtype.itemsize == 2 else weight.dtype
+
+
+def _draw(lora_A: Tensor, init: str) -> None:
+    if lora_A.numel() == 0:
+        return
+    if init == "kaiming":
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    else:
+        nn.init.normal_(lora_A, std=1 / lora_A.shape[0])
+
+
+def _delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """s B A in fp32, or fp64 for fp64 adapters."""
+    dtype = torch.promote_types(lora_A.dtype, torch.float32)
+    return scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
+
+
+def _add_to(base_layer: nn.Module, delta: Tensor) -> None:
+    """Add delta (out, in) to the weight, rounding once to the weight's dtype."""
+    weight = base_layer.get_parameter("weight")
+    if is_conv1d(base_layer):
+        delta = delta.t()
+    weight.copy_(weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta)
+
+
+def _resized(lora_A: Tensor, lora_B: Tensor, rank: int, init: str) -> tuple[Tensor, Tensor]:
+    """Factors of this rank for the same function, or the nearest; see `VarRankLoRALinear.resize_rank`."""
+    kept_A, kept_B = (lora_A, lora_B) if rank >= lora_A.shape[0] else _truncated(lora_A, lora_B, rank)
+    new_A = lora_A.new_zeros(rank, lora_A.shape[1])
+    new_B = lora_B.new_zeros(lora_B.shape[0], rank)
+    _draw(new_A, init)
+    new_A[: kept_A.shape[0]] = kept_A.to(new_A.dtype)
+    new_B[:, : kept_A.shape[0]] = kept_B.to(new_B.dtype)
+    return new_A, new_B
 
 
 def _truncated(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:

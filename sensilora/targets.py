@@ -123,7 +123,8 @@ def fingerprint(model: nn.Module) -> str:
     heads = head_names(model)
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
-        if name.rpartition(".")[2] in {"lora_A", "lora_B"}:
+        # An adapter layer's lora_A or lora_B, or an entry of a multi-adapter layer's.
+        if not {"lora_A", "lora_B"}.isdisjoint(name.split(".")[-2:]):
             continue
         plain = name.replace(".base_layer.", ".")
         if plain.rpartition(".")[0] in heads:
