@@ -12,7 +12,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sensilora import _files
 from sensilora.errors import AdapterError, PlanError
-from sensilora.nn import VarRankLoRALinear
+from sensilora.nn import LoRAAdapter, MultiLoRALinear, VarRankLoRALinear
 from sensilora.plan import RankPlan
 from sensilora.sensitivity.head import untrained_head
 from sensilora.targets import fingerprint, is_conv1d, is_matrix, matrix_shape, model_id
@@ -42,6 +42,7 @@ _TASK_TYPES = {
 }
 
 Model = TypeVar("Model", bound=nn.Module)
+Layers = Mapping[str, VarRankLoRALinear | LoRAAdapter]
 
 
 def adapter_layers(model: nn.Module) -> dict[str, VarRankLoRALinear]:
@@ -80,19 +81,7 @@ def inject(
         AdapterError: the model carries adapters already, or `modules_to_save` names nothing.
     """
     modules = _plain_modules(model)
-    for name, entry in plan.matrices.items():
-        module = modules.get(name)
-        if module is None or not is_matrix(module):
-            raise PlanError(f"the plan is for {plan.model_id}: this model has no linear layer {name!r}")
-        if matrix_shape(module) != tuple(entry.shape):
-            raise PlanError(
-                f"the plan is for {plan.model_id}: {name} is {tuple(entry.shape)} there, {matrix_shape(module)} here"
-            )
-    if strict and plan.fingerprint and plan.fingerprint != fingerprint(model):
-        raise PlanError(
-            f"the plan was made for another model ({plan.model_id}): fingerprints differ; calibrate this model, or "
-            "pass strict=False if only its vocabulary was resized"
-        )
+    check_plan(plan, model, modules, strict=strict)
     saved = _matching(modules, modules_to_save)
     for name in plan.ranks:
         if any(name == module or name.startswith(module + ".") for module in saved):
@@ -121,6 +110,23 @@ def inject(
     return _install(model, layers, saved)
 
 
+def check_plan(plan: RankPlan, model: nn.Module, modules: dict[str, nn.Module], *, strict: bool) -> None:
+    """Raise PlanError unless `plan` was made for `model`, whose modules, without adapters, are `modules`."""
+    for name, entry in plan.matrices.items():
+        module = modules.get(name)
+        if module is None or not is_matrix(module):
+            raise PlanError(f"the plan is for {plan.model_id}: this model has no linear layer {name!r}")
+        if matrix_shape(module) != tuple(entry.shape):
+            raise PlanError(
+                f"the plan is for {plan.model_id}: {name} is {tuple(entry.shape)} there, {matrix_shape(module)} here"
+            )
+    if strict and plan.fingerprint and plan.fingerprint != fingerprint(model):
+        raise PlanError(
+            f"the plan was made for another model ({plan.model_id}): fingerprints differ; calibrate this model, or "
+            "pass strict=False if only its vocabulary was resized"
+        )
+
+
 def _plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     if adapter_layers(model):
         raise AdapterError(
@@ -145,7 +151,7 @@ def _is_suffix(suffix: str, name: str) -> bool:
 
 def _install(model: Model, layers: dict[str, VarRankLoRALinear], saved: list[str]) -> Model:
     model.requires_grad_(False)
-    _replace(model, {id(layer.base_layer): layer for layer in layers.values()})
+    replace_modules(model, {id(layer.base_layer): layer for layer in layers.values()})
     for layer in layers.values():
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
@@ -156,7 +162,7 @@ def _install(model: Model, layers: dict[str, VarRankLoRALinear], saved: list[str
     return model
 
 
-def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
     """Swap modules by identity in every parent, since a module may be registered under several names."""
     new = {id(module) for module in replacements.values()}
     for parent in list(model.modules()):
@@ -177,6 +183,14 @@ def merge(model: Model) -> Model:
             function would change too.
     """
     layers = _required_layers(model)
+    check_unshared(model, layers)
+    for layer in layers.values():
+        layer.merge()
+    return model
+
+
+def check_unshared(model: nn.Module, layers: Mapping[str, VarRankLoRALinear | MultiLoRALinear]) -> None:
+    """Raise AdapterError if another module uses the weight of one of these layers."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -184,9 +198,6 @@ def merge(model: Model) -> Model:
         shared = [owner for owner in owners[id(layer.weight)] if owner != f"{name}.base_layer.weight"]
         if shared and any(model.get_submodule(owner.rpartition(".")[0]) is not layer.base_layer for owner in shared):
             raise AdapterError(f"the weight of {name} is shared with {shared[0]}, which merging would change too")
-    for layer in layers.values():
-        layer.merge()
-    return model
 
 
 def unload(model: Model) -> Model:
@@ -198,7 +209,7 @@ def unload(model: Model) -> Model:
         AdapterError: the model carries no adapter.
     """
     layers = _required_layers(model)
-    _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
+    replace_modules(model, {id(layer): layer.base_layer for layer in layers.values()})
     return model
 
 
@@ -224,8 +235,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
         AdapterError: the model carries no adapter.
         OutputExistsError: the folder exists and `force` is false.
     """
-    layers = _required_layers(model)
     saved: tuple[str, ...] = getattr(model, "_sensilora_modules_to_save", ())
+    return write_adapter(model, _required_layers(model), saved, folder, force=force)
+
+
+def write_adapter(
+    model: nn.Module, layers: Layers, saved: tuple[str, ...], folder: str | os.PathLike[str], *, force: bool
+) -> Path:
+    """Write these adapters by module name, and the modules named in `saved`, as `save_adapter` does."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = layer.lora_A
@@ -241,7 +258,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
     return Path(folder)
 
 
-def _adapter_config(model: nn.Module, layers: dict[str, VarRankLoRALinear], saved: tuple[str, ...]) -> dict[str, Any]:
+def _adapter_config(model: nn.Module, layers: Layers, saved: tuple[str, ...]) -> dict[str, Any]:
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: as_alpha(layer.scaling * layer.rank) for name, layer in layers.items()}
     largest = max(ranks, key=lambda name: ranks[name])
@@ -283,7 +300,7 @@ def task_type(model: nn.Module) -> str | None:
     return next((task for suffix, task in _TASK_TYPES.items() if name.endswith(suffix)), None)
 
 
-def _model_card(model: nn.Module, layers: dict[str, VarRankLoRALinear]) -> str:
+def _model_card(model: nn.Module, layers: Layers) -> str:
     ranks = [layer.rank for layer in layers.values()]
     parameters = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values())
     return (
@@ -325,7 +342,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, dropout: float
                 f"{folder} holds {name}, but modules_to_save in {CONFIG_FILE} does not name its module"
             )
     for name, pair in pairs.items():
-        _check_fit(folder, name, modules.get(name), pair, config.rank_of(name))
+        check_fit(folder, name, modules.get(name), pair, config.rank_of(name))
     layers = {}
     for name, (lora_A, lora_B) in pairs.items():
         layer = layers[name] = VarRankLoRALinear(
@@ -359,9 +376,10 @@ def read_adapter(
     return config, *_split(_read_weights(Path(folder) / WEIGHTS_FILE))
 
 
-def _check_fit(
+def check_fit(
     folder: Path, name: str, module: nn.Module | None, pair: tuple[Tensor, Tensor], configured_rank: int
 ) -> None:
+    """Raise AdapterError unless the read pair (lora_A, lora_B) fits this module, without adapters."""
     if module is None or not is_matrix(module):
         raise AdapterError(f"{folder} adapts {name!r}, which this model does not have as a linear layer")
     lora_A, lora_B = pair

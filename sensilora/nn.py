@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sensilora.errors import AdapterError, RankError
-from sensilora.ops import lora_linear
+from sensilora.ops import lora_linear, lora_segments
 from sensilora.targets import is_conv1d, is_matrix, matrix_shape
 
 INITS = ("kaiming", "gaussian")
@@ -222,3 +224,334 @@ def _truncated(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tenso
     kept = int((singular[:rank] > singular[0] * 1e-12).sum())
     root = singular[:kept].sqrt()
     return root[:, None] * (right[:kept] @ basis_A.T), (basis_B @ left[:, :kept]) * root
+
+
+#: The name that stands for no adapter, as in PEFT's ``adapter_names``.
+BASE = "__base__"
+
+
+class AdapterRouting:
+    """Which adapter serves which rows of a batch: one object, shared by all `MultiLoRALinear` layers of a model.
+
+    An assignment is a single name for everything, or one id a sample or segment. Ids live on the device and are never
+    read on the host. Each assignment is a new tensor, so that what an earlier forward pass saved for its backward
+    pass stays right; a captured CUDA graph reads tensors of its own, which the next assignment of as many ids fills.
+
+    Attributes:
+        names: the adapters in order of adding; an adapter's id is its place here.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._for_all: str | None = None
+        self._assigned: dict[str, Tensor] = {}
+        self._moved: dict[tuple[str, torch.device], Tensor] = {}
+        self._captured: dict[tuple[str, torch.device, int], Tensor] = {}
+
+    def add(self, name: str) -> None:
+        """Give `name` the next id, unless it has one.
+
+        Raises:
+            AdapterError: the name cannot be a part of a parameter's name, or stands for the base layer.
+        """
+        if name == BASE or not name or "." in name or hasattr(nn.ParameterDict(), name):
+            raise AdapterError(f"an adapter cannot be called {name!r}; choose a name without dots, such as 'task_a'")
+        if name not in self.names:
+            self.names.append(name)
+
+    def remove(self, name: str) -> None:
+        """Forget `name` and the assignment; the ids of adapters added after it go down by one."""
+        self.names.remove(self.known(name))
+        self.assign(None)
+
+    def known(self, name: str) -> str:
+        """`name`, if it is an adapter.
+
+        Raises:
+            AdapterError: it is not.
+        """
+        if name not in self.names:
+            raise AdapterError(f"there is no adapter {name!r}; the model has {', '.join(self.names) or 'none'}")
+        return name
+
+    # Not as inference tensors, since a later forward pass may save them for its backward pass.
+    @torch.inference_mode(False)
+    def assign(self, ids: str | Sequence[str] | Tensor | None, offsets: Tensor | None = None) -> None:
+        """Say which adapter serves which rows from now on; see `sensilora.mixed.set_adapter_ids`."""
+        assigned: dict[str, Tensor] = {}
+        for_all = None
+        if isinstance(ids, str):
+            for_all = ids if ids == BASE else self.known(ids)
+        elif ids is not None:
+            if not isinstance(ids, Tensor):
+                ids = torch.tensor([-1 if name == BASE else self.names.index(self.known(name)) for name in ids])
+            assigned["ids"] = _int64_vector(ids, "adapter ids")
+        if offsets is not None:
+            if "ids" not in assigned or offsets.shape != (assigned["ids"].shape[0] + 1,):
+                raise AdapterError("offsets go with adapter ids, one for each segment: one offset more than ids")
+            assigned["offsets"] = _int64_vector(offsets, "offsets")
+        self._for_all, self._assigned = for_all, assigned
+        self._moved.clear()
+        for (key, device, length), tensor in self._captured.items():
+            if key in assigned and assigned[key].shape[0] == length:
+                tensor.copy_(self._on(key, device))
+
+    def assignment(self) -> tuple[str | Tensor | None, Tensor | None]:
+        """What `assign` would be given to assign the same again."""
+        return self._for_all or self._assigned.get("ids"), self._assigned.get("offsets")
+
+    def for_all(self) -> str | None:
+        """The one adapter (or `BASE`) of every row; None where rows may differ.
+
+        Raises:
+            AdapterError: nothing is assigned, and there is more than one adapter.
+        """
+        if self._for_all is not None or self._assigned:
+            return self._for_all
+        if len(self.names) > 1:
+            raise AdapterError(
+                f"the model has adapters {', '.join(self.names)}; call sensilora.mixed.set_adapter_ids(model, ...) "
+                "to say which sample uses which"
+            )
+        return self.names[0] if self.names else BASE
+
+    def segments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`offsets` and `adapters` of `sensilora.ops.lora_segments` for x (batch, ..., features), on x's device.
+
+        Raises:
+            ValueError: the batch has another length than the ids.
+        """
+        ids = self._for_kernels("ids", x.device)
+        if "offsets" in self._assigned:
+            return self._for_kernels("offsets", x.device), ids
+        batch, rows = ids.shape[0], x.shape[:-1].numel()
+        if x.shape[0] != batch:
+            raise ValueError(f"there are {batch} adapter ids for a batch of {x.shape[0]}; give one for each sample")
+        if rows == 0:
+            return ids.new_zeros(batch + 1), ids
+        return torch.arange(0, rows + 1, rows // batch, device=x.device), ids
+
+    def _for_kernels(self, key: str, device: torch.device) -> Tensor:
+        if device.type != "cuda" or torch.compiler.is_compiling():
+            return self._on(key, device)
+        place = (key, device, self._assigned[key].shape[0])
+        if torch.cuda.is_current_stream_capturing():
+            if place not in self._captured:
+                raise AdapterError("run the model once with these adapter ids before capturing a CUDA graph of it")
+            return self._captured[place]
+        tensor = self._on(key, device)
+        if place not in self._captured:
+            self._captured[place] = tensor.clone()
+        return tensor
+
+    def _on(self, key: str, device: torch.device) -> Tensor:
+        tensor = self._assigned[key]
+        if tensor.device == device:
+            return tensor
+        if (key, device) not in self._moved:
+            # From pinned memory the host need not wait for the copy.
+            pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+            with torch.inference_mode(False):
+                self._moved[key, device] = pinned.to(device, non_blocking=True)
+        return self._moved[key, device]
+
+
+def _int64_vector(tensor: Tensor, name: str) -> Tensor:
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise AdapterError(f"{name} must be a 1-D tensor of integers, not {tuple(tensor.shape)} of {tensor.dtype}")
+    return tensor.to(torch.int64, copy=True)
+
+
+@dataclass(frozen=True)
+class LoRAAdapter:
+    """A view of one adapter of a `MultiLoRALinear`.
+
+    Attributes:
+        base_layer: the frozen layer that all adapters share.
+        lora_A: Parameter (rank, in_features).
+        lora_B: Parameter (out_features, rank).
+        scaling, dropout: as given to `MultiLoRALinear.add_adapter`.
+    """
+
+    base_layer: nn.Module
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scaling: float
+    dropout: float
+
+    @property
+    def rank(self) -> int:
+        """Rows of lora_A."""
+        return self.lora_A.shape[0]
+
+
+class MultiLoRALinear(nn.Module):
+    """A frozen linear layer with several named adapters, of which every row of a batch uses its own or none.
+
+    Adapters may differ in rank, scaling and dropout; none is padded to another's rank. Which row uses which is said
+    for all layers of a model at once, by their common `routing`: see `sensilora.mixed.set_adapter_ids`. A layer
+    serves the base alone for an adapter that it does not have.
+
+    Args:
+        base_layer: ``nn.Linear``, or transformers' ``Conv1D``. Kept as ``base_layer``; stops requiring gradients.
+        routing: shared with the model's other layers; None makes a new one.
+
+    Attributes:
+        lora_A, lora_B: ParameterDicts by adapter: (rank, in_features) and (out_features, rank).
+        scaling, dropout, init: dicts by adapter, as given to `add_adapter`.
+        routing, in_features, out_features: as given.
+
+    Raises:
+        AdapterError: `base_layer` is neither of the two.
+    """
+
+    def __init__(self, base_layer: nn.Module, routing: AdapterRouting | None = None) -> None:
+        super().__init__()
+        _check_base(base_layer)
+        self.out_features, self.in_features = matrix_shape(base_layer)
+        self.routing = AdapterRouting() if routing is None else routing
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.init: dict[str, str] = {}
+        self.base_layer = base_layer.requires_grad_(False)
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight as it is stored: (out, in) for ``nn.Linear``, (in, out) for ``Conv1D``."""
+        return self.base_layer.get_parameter("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias (out_features,), or None."""
+        return self.base_layer._parameters.get("bias")
+
+    @property
+    def adapters(self) -> dict[str, LoRAAdapter]:
+        """This layer's adapters by name, in order of adding."""
+        return {
+            name: LoRAAdapter(
+                self.base_layer, self.lora_A[name], self.lora_B[name], self.scaling[name], self.dropout[name]
+            )
+            for name in self.routing.names
+            if name in self.lora_A
+        }
+
+    def add_adapter(
+        self,
+        name: str,
+        rank: int,
+        *,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Add an adapter that leaves the function as it is (B starts at zero).
+
+        Args:
+            name: without dots; becomes the last part of the parameters' names.
+            rank, scaling, dropout, init, adapter_dtype: see `VarRankLoRALinear`.
+
+        Raises:
+            AdapterError: the name is taken, or cannot be one.
+            RankError: the rank is out of range.
+            ValueError: `init` is unknown, or `dropout` outside [0, 1].
+        """
+        _check_settings(rank, self.base_layer, init, dropout)
+        if name in self.lora_A:
+            raise AdapterError(f"there is an adapter {name!r} already; delete it first, or choose another name")
+        self.routing.add(name)
+        dtype, device = adapter_dtype or _adapter_dtype(self.weight), self.weight.device
+        self.lora_A[name] = nn.Parameter(torch.zeros(rank, self.in_features, dtype=dtype, device=device))
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=device))
+        _draw(self.lora_A[name], init)
+        self.scaling[name], self.dropout[name], self.init[name] = float(scaling), float(dropout), init
+
+    def delete_adapter(self, name: str) -> None:
+        """Take an adapter out of this layer, which serves the base alone for its rows from then on.
+
+        Raises:
+            AdapterError: the layer has no adapter of that name.
+        """
+        self._check_has(name)
+        for entries in (self.lora_A, self.lora_B, self.scaling, self.dropout, self.init):
+            del entries[name]
+
+    def _check_has(self, name: str) -> None:
+        if name not in self.lora_A:
+            raise AdapterError(f"this layer has no adapter {name!r}, only {', '.join(self.lora_A) or 'its base'}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, ..., in_features) to (batch, ..., out_features)."""
+        weight = self.weight.t() if is_conv1d(self.base_layer) else self.weight
+        name = self.routing.for_all()
+        if name is not None:
+            if name not in self.lora_A or self.lora_A[name].shape[0] == 0:
+                return self.base_layer(x)
+            p = self.dropout[name] if self.training else 0.0
+            return lora_linear(
+                x, weight, self.bias, self.lora_A[name], self.lora_B[name], self.scaling[name], dropout_p=p
+            )
+        # Every adapter of the model has an entry, so that ids need no translation from layer to layer.
+        names = self.routing.names
+        ranks = [self.lora_A[name].shape[0] if name in self.lora_A else 0 for name in names]
+        if not any(ranks):
+            return self.base_layer(x)
+        own = [name for name, rank in zip(names, ranks, strict=True) if rank > 0]
+        offsets, ids = self.routing.segments(x)
+        return lora_segments(
+            x,
+            weight,
+            self.bias,
+            torch.cat([self.lora_A[name] for name in own]),
+            torch.cat([self.lora_B[name] for name in own], dim=1),
+            ranks,
+            [self.scaling.get(name, 0.0) for name in names],
+            offsets,
+            ids,
+            dropout_ps=[self.dropout.get(name, 0.0) if self.training else 0.0 for name in names],
+        )
+
+    def delta_weight(self, name: str) -> Tensor:
+        """s B A of one adapter, (out_features, in_features), in fp32 (fp64 for fp64 adapters).
+
+        Raises:
+            AdapterError: the layer has no adapter of that name.
+        """
+        self._check_has(name)
+        return _delta(self.lora_A[name], self.lora_B[name], self.scaling[name])
+
+    @torch.no_grad()
+    def merge(self, name: str) -> None:
+        """Add s B A of one adapter to the base weight for good and delete the adapter.
+
+        The base layer under all other adapters changes with it. The sum is formed in fp32 and rounded once.
+
+        Raises:
+            AdapterError: the layer has no adapter of that name.
+        """
+        _add_to(self.base_layer, self.delta_weight(name))
+        self.delete_adapter(name)
+
+    @torch.no_grad()
+    def resize_rank(self, name: str, rank: int) -> None:
+        """Change one adapter's rank as `VarRankLoRALinear.resize_rank` does; its parameters are new ones.
+
+        Raises:
+            AdapterError: the layer has no adapter of that name.
+            RankError: the rank is out of range.
+        """
+        self._check_has(name)
+        _check_rank(rank, self.base_layer)
+        old_A, old_B = self.lora_A[name], self.lora_B[name]
+        new_A, new_B = _resized(old_A, old_B, rank, self.init[name])
+        self.lora_A[name] = nn.Parameter(new_A, requires_grad=old_A.requires_grad)
+        self.lora_B[name] = nn.Parameter(new_B, requires_grad=old_B.requires_grad)
+
+    def extra_repr(self) -> str:
+        """Shown between the parentheses of ``print(model)``."""
+        ranks = ", ".join(f"{name}={adapter.rank}" for name, adapter in self.adapters.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, ranks=({ranks})"
