@@ -6,14 +6,14 @@ PY ?= python3
 # Installed where that interpreter has no torch. More words go to pip, for example
 # TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" for the small build without CUDA.
 TORCH ?= torch==2.13.0
-# Passed on to the demo, pytest or the benchmarks.
+# Passed on to the demo, pytest, the benchmarks or the fuzzer.
 ARGS ?=
 
 PREPARE = @$(PY) .ci/prepare.py --torch "$(TORCH)"
 PYTHON = .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint bench wheel clean
+.PHONY: help demo test test-gpu lint bench bench-gpu fuzz sanitize wheel clean
 
 help:
 	@echo "make demo      calibrate, allocate, fine-tune and compare on real data; results in out/demo/"
@@ -21,6 +21,9 @@ help:
 	@echo "make test-gpu  the tests marked gpu"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     time the ops against their references; results in out/benchmarks/"
+	@echo "make bench-gpu every GPU case; results in benchmarks/results/, tables and plots in docs/benchmarks.md"
+	@echo "make fuzz      random cases of the LoRA ops against fp64, on the GPU if there is one"
+	@echo "make sanitize  compute-sanitizer's memcheck, racecheck and initcheck over a small case of every kernel"
 	@echo "make wheel     a wheel with the native extension, in dist/"
 	@echo "make clean     remove what was built, and .venv"
 	@echo "Variables: PY=python3 (interpreter), TORCH=torch==2.13.0 (where it has no torch), ARGS= (passed on)"
@@ -46,6 +49,30 @@ lint:
 bench:
 	$(PREPARE) --extras test
 	$(PYTHON) -m benchmarks.run $(ARGS)
+
+bench-gpu:
+	$(PREPARE) --extras test
+	$(PYTHON) -m benchmarks.run --device cuda --record $(ARGS)
+	$(PYTHON) -m benchmarks.report
+
+fuzz:
+	$(PREPARE) --extras test
+	$(PYTHON) -m benchmarks.fuzz --cases 2000 --seed 0 $(ARGS)
+
+# The first run compiles the kernels, which is slow under the sanitizer. torch's allocator is turned off because it
+# would hide an access behind the end of a tensor. What is reported in other kernels than ours does not count: some of
+# torch's read memory that nobody wrote, and throw it away.
+KERNELS = lora|autocorrelation|_reduce_kernel
+sanitize:
+	$(PREPARE) --extras test
+	$(PYTHON) -m pytest -m sanitize $(ARGS)
+	mkdir -p out
+	for tool in memcheck racecheck initcheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --log-file out/$$tool.log \
+	        $(PYTHON) -m pytest -m sanitize $(ARGS) || exit 1; \
+	    tail -n 1 out/$$tool.log; \
+	    ! grep -E ' at .*($(KERNELS))' out/$$tool.log || exit 1; \
+	done
 
 wheel:
 	$(PREPARE)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from benchmarks.harness import Case, relative_error
+from benchmarks.harness import Case, Cases, relative_error
 from sensilora import use_backend
 from sensilora.ops import autocorrelation_diag
 
@@ -12,20 +14,25 @@ SHAPES = {"cpu": [(2048, 384), (2048, 1536), (16384, 384)], "cuda": [(8192, 4096
 DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
 
 
-def cases(device: str) -> list[Case]:
-    return [_case(device, rows, columns, dtype) for rows, columns in SHAPES[device] for dtype in DTYPES[device]]
+def cases(device: str) -> Cases:
+    prefix = "cpu/" if device == "cpu" else ""
+    return {
+        f"{prefix}autocorrelation_diag/{rows}x{columns}/{str(dtype).removeprefix('torch.')}": partial(
+            _case, device, rows, columns, dtype
+        )
+        for rows, columns in SHAPES[device]
+        for dtype in DTYPES[device]
+    }
 
 
 def _case(device: str, rows: int, columns: int, dtype: torch.dtype) -> Case:
     x = torch.randn(rows, columns, device=device, dtype=dtype)
-    prefix = "cpu/" if device == "cpu" else ""
 
     def reference():
         with use_backend("torch"):
             return autocorrelation_diag(x)
 
     return Case(
-        id=f"{prefix}autocorrelation_diag/{rows}x{columns}/{str(dtype).removeprefix('torch.')}",
         ours=lambda: autocorrelation_diag(x),
         baseline=reference,
         errors=lambda: [relative_error(autocorrelation_diag(x), x.double().square().sum(0))],

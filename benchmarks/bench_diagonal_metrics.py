@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from benchmarks.harness import Case
+from benchmarks.harness import Case, Cases
 from sensilora import use_backend
 from sensilora.ops import diagonal_metrics
 
 SIZES = {"cpu": [147456, 589824, 2**24], "cuda": [2**24]}
 
 
-def cases(device: str) -> list[Case]:
-    return [_case(device, size) for size in SIZES[device]]
+def cases(device: str) -> Cases:
+    prefix = "cpu/" if device == "cpu" else ""
+    return {f"{prefix}metrics/{size}": partial(_case, device, size) for size in SIZES[device]}
 
 
 def _case(device: str, size: int) -> Case:
     # Products of squares, as Fisher diagonals are: many orders of magnitude.
     diag = torch.randn(size, device=device).square() * torch.randn(size, device=device).square()
-    prefix = "cpu/" if device == "cpu" else ""
 
     def ours():
         return diagonal_metrics(diag)
@@ -31,7 +33,6 @@ def _case(device: str, size: int) -> Case:
         return [abs(float(got) / float(wanted) - 1) for got, wanted in zip(ours(), reference(), strict=True)]
 
     return Case(
-        id=f"{prefix}metrics/{size}",
         ours=ours,
         baseline=reference,
         errors=errors,

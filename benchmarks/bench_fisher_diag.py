@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from benchmarks.harness import Case, relative_error
+from benchmarks.harness import Case, Cases, relative_error
 from sensilora import use_backend
 from sensilora.ops import fisher_diag
 from sensilora.ops.fisher_diag import MODES
@@ -14,25 +16,28 @@ SHAPES = {"cpu": [(16, 64, 384, 384), (16, 64, 384, 1536), (16, 128, 1536, 384)]
 DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
 
 
-def cases(device: str) -> list[Case]:
-    return [
-        _case(device, mode, shape, dtype) for mode in MODES for shape in SHAPES[device] for dtype in DTYPES[device]
-    ]
+def cases(device: str) -> Cases:
+    prefix = "cpu/" if device == "cpu" else ""
+    return {
+        f"{prefix}fisher/{mode}/{shape[2]}x{shape[3]}/n{shape[0]}_t{shape[1]}/{str(dtype).removeprefix('torch.')}": (
+            partial(_case, device, mode, shape, dtype)
+        )
+        for mode in MODES
+        for shape in SHAPES[device]
+        for dtype in DTYPES[device]
+    }
 
 
 def _case(device: str, mode: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
     sequences, positions, in_features, out_features = shape
     x = torch.randn(sequences, positions, in_features, device=device, dtype=dtype)
     grad = torch.randn(sequences, positions, out_features, device=device, dtype=dtype)
-    prefix = "cpu/" if device == "cpu" else ""
 
     def on(backend: str, *tensors: torch.Tensor) -> torch.Tensor:
         with use_backend(backend):
             return fisher_diag(*tensors, mode=mode)
 
-    name = str(dtype).removeprefix("torch.")
     return Case(
-        id=f"{prefix}fisher/{mode}/{in_features}x{out_features}/n{sequences}_t{positions}/{name}",
         ours=lambda: fisher_diag(x, grad, mode=mode),
         baseline=lambda: on("torch", x, grad),
         errors=lambda: [relative_error(fisher_diag(x, grad, mode=mode), on("torch", x.double(), grad.double()))],

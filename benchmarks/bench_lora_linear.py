@@ -5,125 +5,178 @@ The frozen layer is forward + backward(dx) of x Wᵀ. Limit: its FLOPs plus 6 T 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn.functional import dropout, linear
 
-from benchmarks.harness import Case, relative_error
+from benchmarks.harness import Case, Cases, Unavailable, captured
+from benchmarks.lora import (
+    SCALING,
+    SEED,
+    addmm,
+    eager,
+    errors,
+    formula,
+    frozen,
+    kept,
+    leaves,
+    peft_layers,
+    step,
+    tensors,
+)
 from sensilora import use_backend
-from sensilora.ops import lora_linear
-from sensilora.ops._dropout import keep_mask, keep_scale
+from sensilora.ops import _backend, lora_linear
 
-SCALING = 2.0
-SEED = 17
-# (tokens, in, out, rank, dropout)
+# (in, out, rank, dropout), 8192 tokens
 GPU_SHAPES = [
-    (8192, in_features, out_features, 16, p)
+    (in_features, out_features, 16, p)
     for in_features, out_features in ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
     for p in (0.0, 0.05)
-] + [(8192, 4096, 4096, rank, 0.0) for rank in (6, 11, 17, 32, 33, 48, 64, 128)]
+] + [(4096, 4096, rank, 0.0) for rank in (6, 11, 17, 32, 33, 48, 64, 128)]
+# torch.compile takes seconds a case, so it is a peer of these only.
+COMPILED = [(4096, 4096, 16, 0.0), (4096, 4096, 16, 0.05), (4096, 14336, 16, 0.0)]
+TOKENS = 8192
 CPU_SHAPES = [(2048, 384, 384, 16, 0.0), (2048, 384, 1536, 16, 0.0), (2048, 384, 384, 16, 0.05)]
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str) -> Cases:
     if device == "cpu":
-        return [_cpu_case(*shape, dtype) for shape in CPU_SHAPES for dtype in (torch.float32, torch.bfloat16)]
-    return [_gpu_case(*shape) for shape in GPU_SHAPES]
+        return {
+            f"cpu/lora_linear/{in_features}x{out_features}/r{rank}/p{p:g}/{str(dtype).removeprefix('torch.')}": (
+                partial(_cpu_case, tokens, in_features, out_features, rank, p, dtype)
+            )
+            for tokens, in_features, out_features, rank, p in CPU_SHAPES
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+    found: Cases = {
+        f"lora_linear/{shape[0]}x{shape[1]}/r{shape[2]}/p{shape[3]:g}": partial(
+            _gpu_case, TOKENS, *shape, compiled=shape in COMPILED
+        )
+        for shape in GPU_SHAPES
+    }
+    found["lora_linear/4096x4096/r16/T256/graph"] = _graph_case
+    found["lora_linear/4096x14336/r16/p0/native"] = _native_case
+    return found
 
 
-def _tensors(device, dtype, tokens, in_features, out_features, rank):
-    x = torch.randn(tokens, in_features, device=device, dtype=dtype).requires_grad_()
-    weight = (torch.randn(out_features, in_features, device=device) / in_features**0.5).to(dtype)
-    lora_A = (torch.randn(rank, in_features, device=device) / in_features**0.5).requires_grad_()
-    lora_B = (torch.randn(out_features, rank, device=device) / rank**0.5).requires_grad_()
-    upstream = torch.randn(tokens, out_features, device=device).to(dtype)
-    return x, weight, lora_A, lora_B, upstream
-
-
-def _step(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
-    y = forward(*inputs)
-    return (y, *torch.autograd.grad(y, [tensor for tensor in inputs if tensor.requires_grad], upstream))
-
-
-def _formula(weight: Tensor, kept: Tensor | float) -> Callable[..., Tensor]:
-    """The plain expression with a given dropout factor, in the dtype of its inputs."""
-    return lambda x, a, b: linear(x, weight) + SCALING * linear(linear(x * kept, a), b)
-
-
-def _errors(got, oracle) -> list[float]:
-    return [relative_error(*pair) for pair in zip(got, oracle, strict=True)]
-
-
-def _gpu_case(tokens: int, in_features: int, out_features: int, rank: int, p: float) -> Case:
-    x, weight, lora_A, lora_B, upstream = _tensors("cuda", torch.bfloat16, tokens, in_features, out_features, rank)
-    # fp32 adapters are read as they are by ours; the peers get them cast beforehand, which is to their advantage.
-    half = tuple(tensor.detach().bfloat16().requires_grad_() for tensor in (x, lora_A, lora_B))
-    seed = torch.tensor([SEED], device="cuda")
+def _gpu_case(
+    tokens: int, in_features: int, out_features: int, rank: int, p: float, *, compiled: bool = False, device="cuda"
+) -> Case:
+    x, weight, lora_A, lora_B, upstream = tensors(device, torch.bfloat16, tokens, in_features, out_features, rank)
+    # fp32 adapters are read as they are by ours and by PEFT; the other peers get them cast beforehand, which is to
+    # their advantage.
+    half = leaves((x, lora_A, lora_B), torch.bfloat16)
+    seed = torch.tensor([SEED], device=device)
+    forward = partial(eager, weight=weight, p=p)
+    peers = {
+        "eager": lambda: step(forward, half, upstream),
+        "addmm": lambda: step(partial(addmm, weight=weight, p=p), half, upstream),
+    }
+    layers = peft_layers([weight], [lora_A], [lora_B], p)
+    if layers is not None:
+        layer = layers[0]
+        adapter = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        peers["PEFT"] = lambda: step(lambda x, *_: layer(x), (x, *adapter), upstream)
+    if compiled:
+        torch._dynamo.reset()
+        inductor = torch.compile(forward, dynamic=False, fullgraph=True)
+        peers["torch.compile"] = lambda: step(inductor, half, upstream)
 
     def ours():
         forward = lambda x, a, b: lora_linear(x, weight, None, a, b, SCALING, dropout_p=p, seed=seed)  # noqa: E731
-        return _step(forward, (x, lora_A, lora_B), upstream)
-
-    def eager():
-        forward = lambda x, a, b: linear(x, weight) + SCALING * linear(linear(dropout(x, p), a), b)  # noqa: E731
-        return _step(forward, half, upstream)
-
-    def addmm():
-        forward = lambda x, a, b: torch.addmm(linear(x, weight), linear(dropout(x, p), a), b.T, alpha=SCALING)  # noqa: E731
-        return _step(forward, half, upstream)
-
-    def kept():
-        return keep_mask(tokens, in_features, p, SEED, "cuda") * keep_scale(p) if p else 1.0
+        return step(forward, (x, lora_A, lora_B), upstream)
 
     def oracle():
-        wide = tuple(tensor.detach().double().requires_grad_() for tensor in (x, lora_A, lora_B))
-        return _step(_formula(weight.double(), kept()), wide, upstream.double())
+        mask = kept(x, p, SEED)
+        wide = leaves((x, lora_A, lora_B), torch.float64)
+        return step(partial(formula, weight=weight.double(), kept=mask), wide, upstream.double())
+
+    def eager_step():
+        mask = kept(x, p, SEED)
+        mask = mask.bfloat16() if isinstance(mask, torch.Tensor) else mask
+        return step(partial(formula, weight=weight, kept=mask), half, upstream)
 
     return Case(
-        id=f"lora_linear/{in_features}x{out_features}/r{rank}/p{p:g}",
         ours=ours,
-        baseline=lambda: _step(lambda x: linear(x, weight), (x,), upstream),
-        errors=lambda: _errors(ours(), oracle()),
+        baseline=lambda: step(partial(frozen, weight=weight), (x,), upstream),
+        errors=lambda: errors(ours(), oracle()),
         tolerance=1e-2,
-        peers={"eager": eager, "addmm": addmm},
-        eager_errors=lambda: _errors(_step(_formula(weight, _bfloat16(kept())), half, upstream), oracle()),
+        peers=peers,
+        eager_errors=lambda: errors(eager_step(), oracle()),
         floor_flops=4 * tokens * in_features * out_features + 6 * tokens * rank * (in_features + out_features),
     )
 
 
-def _bfloat16(kept: Tensor | float) -> Tensor | float:
-    return kept.bfloat16() if isinstance(kept, Tensor) else kept
+def _graph_case() -> Case:
+    """256 tokens, where launches would cost more than the arithmetic: ours and the frozen layer as CUDA graphs."""
+    plain = _gpu_case(256, 4096, 4096, 16, 0.0)
+    ours, peers = captured(plain.ours), {name: captured(peer) for name, peer in plain.peers.items()}
+    oracle = plain.errors
+    return Case(
+        ours=ours,
+        baseline=captured(plain.baseline),
+        errors=lambda: [*oracle(), *errors(ours(), plain.ours())],
+        tolerance=plain.tolerance,
+        peers=peers,
+        floor_bytes=2 * 4096 * 4096 * 2,
+        floor_flops=plain.floor_flops,
+    )
+
+
+def _native_case() -> Case:
+    """The CUDA C++ backend, which serves where Triton is not installed."""
+    for op in ("lora_linear", "lora_linear_backward"):
+        reason = _backend.why_not(op, "native", "cuda", torch.bfloat16)
+        if reason is not None:
+            raise Unavailable(reason)
+    plain = _gpu_case(TOKENS, 4096, 14336, 16, 0.0)
+
+    def ours():
+        with use_backend("native"):
+            return plain.ours()
+
+    def checked(function):
+        with use_backend("native"):
+            return function()
+
+    return Case(
+        ours=ours,
+        baseline=plain.baseline,
+        errors=lambda: checked(plain.errors),
+        tolerance=plain.tolerance,
+        peers={"Triton": plain.ours},
+        eager_errors=plain.eager_errors,
+        floor_flops=plain.floor_flops,
+    )
 
 
 def _cpu_case(tokens: int, in_features: int, out_features: int, rank: int, p: float, dtype: torch.dtype) -> Case:
-    x, weight, lora_A, lora_B, upstream = _tensors("cpu", dtype, tokens, in_features, out_features, rank)
+    x, weight, lora_A, lora_B, upstream = tensors("cpu", dtype, tokens, in_features, out_features, rank)
 
     def ours():
         forward = lambda x, a, b: lora_linear(x, weight, None, a, b, SCALING, dropout_p=p, seed=SEED)  # noqa: E731
-        return _step(forward, (x, lora_A, lora_B), upstream)
+        return step(forward, (x, lora_A, lora_B), upstream)
 
     def reference():
         with use_backend("torch"):
             return ours()
 
     def oracle():
-        kept = keep_mask(tokens, in_features, p, SEED) * keep_scale(p) if p else 1.0
-        wide = tuple(tensor.detach().double().requires_grad_() for tensor in (x, lora_A, lora_B))
-        return _step(_formula(weight.double(), kept), wide, upstream.double())
+        mask = kept(x, p, SEED)
+        wide = leaves((x, lora_A, lora_B), torch.float64)
+        return step(partial(formula, weight=weight.double(), kept=mask), wide, upstream.double())
 
-    def eager():
-        forward = lambda x, a, b: linear(x, weight) + SCALING * linear(linear(dropout(x, p), a), b)  # noqa: E731
-        return _step(lambda x, a, b: forward(x, a.to(dtype), b.to(dtype)), (x, lora_A, lora_B), upstream)
+    def eager_step():
+        return step(
+            lambda x, a, b: eager(x, a.to(dtype), b.to(dtype), weight=weight, p=p), (x, lora_A, lora_B), upstream
+        )
 
     return Case(
-        id=f"cpu/lora_linear/{in_features}x{out_features}/r{rank}/p{p:g}/{str(dtype).removeprefix('torch.')}",
         ours=ours,
         baseline=reference,
-        errors=lambda: _errors(ours(), oracle()),
+        errors=lambda: errors(ours(), oracle()),
         tolerance=2e-2 if dtype == torch.bfloat16 else 1e-5,
-        peers={"eager": eager},
+        peers={"eager": eager_step},
     )
 
 

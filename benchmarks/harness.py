@@ -2,6 +2,9 @@
 
 A case whose result is wrong gets no speed. All functions of a case are timed in turn within each round, so that a
 change of clock or load meets all of them alike; medians over rounds are reported, and ratios are the point.
+
+A benchmark module has ``cases(device)``: a function that builds the case, by the case's name in the results file
+(``op/shape/...``). Its tensors exist only while it is measured.
 """
 
 from __future__ import annotations
@@ -15,21 +18,24 @@ from typing import Any
 import torch
 
 
+class Unavailable(Exception):
+    """A case cannot run here; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One line of the results.
+    """What one line of the results measures.
 
     Attributes:
-        id: name in the results file, ``op/shape/...``.
         ours, baseline: what is timed; the ratio is ours / baseline.
         errors: computes the error of each of our outputs against an fp64 oracle, relative to the oracle's norm.
         tolerance: largest error with which a speed is reported.
         peers: other ways to do the same, by name; their ratios are to the baseline too.
         eager_errors: the same for the plain torch expression in the same dtype, for the row's error_vs_eager.
         floor_bytes, floor_flops: least memory traffic and arithmetic of ours, for the floor on a GPU.
+        peak_memory: record the peak of allocated GPU memory of each function too.
     """
 
-    id: str
     ours: Callable[[], Any]
     baseline: Callable[[], Any]
     errors: Callable[[], list[float]]
@@ -38,6 +44,10 @@ class Case:
     eager_errors: Callable[[], list[float]] | None = None
     floor_bytes: float = 0.0
     floor_flops: float = 0.0
+    peak_memory: bool = False
+
+
+Cases = dict[str, Callable[[], Case]]
 
 
 @dataclass(frozen=True)
@@ -60,44 +70,93 @@ class Ceilings:
         return max(case.floor_bytes / self.bytes_per_second, case.floor_flops / self.flops_per_second) * 1e3
 
 
-def median_ms(functions: list[Callable[[], Any]], device: str, seconds: float = 0.4, rounds: int = 30) -> list[float]:
+def median_ms(functions: list[Callable[[], Any]], device: str, seconds: float = 0.3, rounds: int = 20) -> list[float]:
     """Median milliseconds of each function, timed in turn, `rounds` times at most and for about `seconds` each."""
-    timer = _cuda_ms if device == "cuda" else _cpu_ms
-    for function in functions:
-        for _ in range(3):
-            function()
-    first = [timer(function) for function in functions]
-    rounds = max(5, min(rounds, int(seconds * 1e3 * len(functions) / sum(first))))
-    samples = [[timer(function) for function in functions] for _ in range(rounds)]
+    timers = [(_cuda_timer if device == "cuda" else _cpu_timer)(function) for function in functions]
+    first = [timer() for timer in timers]
+    rounds = max(5, min(rounds, int(seconds * 1e3 * len(functions) / sum(spent for _, spent in first))))
+    samples = [[timer()[0] for timer in timers] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*samples, strict=True)]
 
 
-def _cpu_ms(function: Callable[[], Any]) -> float:
+# A call times a function and gives (milliseconds a call, milliseconds spent).
+Timer = Callable[[], tuple[float, float]]
+
+
+def _cpu_timer(function: Callable[[], Any]) -> Timer:
+    for _ in range(3):
+        function()
+
+    def timer() -> tuple[float, float]:
+        start = time.perf_counter()
+        function()
+        spent = (time.perf_counter() - start) * 1e3
+        return spent, spent
+
+    return timer
+
+
+_CYCLES_PER_MS = 2_000_000
+
+
+def _cuda_timer(function: Callable[[], Any]) -> Timer:
+    """Device time. The device is kept busy while the calls are queued, so that no launch gap counts."""
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
     start = time.perf_counter()
     function()
-    return (time.perf_counter() - start) * 1e3
+    host_ms = (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize()
+    device_ms = (time.perf_counter() - start) * 1e3
+    # Short calls are timed several together, since the clock of the events is coarse.
+    repeats = max(1, min(10, int(20 / device_ms)))
+    queue_cycles = int(min(50.0, 0.1 + 1.5 * repeats * host_ms) * _CYCLES_PER_MS)
+
+    def timer() -> tuple[float, float]:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(queue_cycles)
+        start.record()
+        for _ in range(repeats):
+            function()
+        end.record()
+        end.synchronize()
+        spent = start.elapsed_time(end)
+        return spent / repeats, spent
+
+    return timer
 
 
-_REPEATS = 10
-_QUEUE_CYCLES = 30_000_000  # about 15 ms, more than ten calls' host time
+def captured(function: Callable[[], Any]) -> Callable[[], Any]:
+    """`function` as a CUDA graph: a call replays its kernels and returns the same output tensors, refilled."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+
+    def replay() -> Any:
+        graph.replay()
+        return outputs
+
+    return replay
 
 
-def _cuda_ms(function: Callable[[], Any]) -> float:
-    """Device time a call. The device is kept busy while the calls are queued, so that no launch gap counts."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(_QUEUE_CYCLES)
-    start.record()
-    for _ in range(_REPEATS):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / _REPEATS
+def _peak_gib(function: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def run(case: Case, device: str, ceilings: Ceilings | None) -> dict[str, Any]:
-    """One row of the results file; without times where the error is above the tolerance."""
+    """One row of the results file, without its id; without times where the error is above the tolerance."""
     errors = case.errors()
-    row: dict[str, Any] = {"id": case.id, "error": max(errors), "tolerance": case.tolerance}
+    row: dict[str, Any] = {"error": max(errors), "tolerance": case.tolerance}
     if not all(error <= case.tolerance for error in errors):
         return {**row, "wrong": True}
     if case.eager_errors is not None:
@@ -107,6 +166,9 @@ def run(case: Case, device: str, ceilings: Ceilings | None) -> dict[str, Any]:
     row["peers"] = {name: peer / baseline for name, peer in zip(case.peers, peers, strict=True)}
     if ceilings is not None:
         row["floor_ms"] = ceilings.floor_ms(case)
+    if case.peak_memory and device == "cuda":
+        functions = {"ours": case.ours, "baseline": case.baseline, **case.peers}
+        row["peak_gib"] = {name: _peak_gib(function) for name, function in functions.items()}
     return row
 
 

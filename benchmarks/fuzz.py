@@ -1,0 +1,375 @@
+"""Random shapes, ranks, dtypes, layouts, dropout and backends of the LoRA ops, against the plain formula in fp64.
+
+python -m benchmarks.fuzz --cases 2000 --seed 0            checks; failures are listed
+python -m benchmarks.fuzz --seed 0 --case 137              one case again, with its numbers
+python -m benchmarks.fuzz --cases 2000 --seed 0 --record   also writes a row an op to benchmarks/results/
+
+A case is a function of the seed and its number alone. Memory that torch hands out is filled with NaN, so that an
+element nobody wrote shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+# cuBLAS repeats itself bit for bit only with a workspace of its own; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from benchmarks.run import ResultsFile, add_arguments, current_commit, provenance
+from sensilora import use_backend
+from sensilora.ops import _backend, lora_group, lora_linear, lora_segments
+from sensilora.ops._dropout import keep_mask, keep_scale
+
+# Of twenty cases, so many of each op.
+SHARES = {"lora_linear": 14, "lora_group": 3, "lora_segments": 3}
+OPS = [op for op, share in SHARES.items() for _ in range(share)]
+# Errors relative to the root of the summed squares of all terms, which random signs do not cancel.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2.5e-3, torch.bfloat16: 1.6e-2}
+DTYPES = {
+    "cpu": [torch.float32, torch.bfloat16, torch.float64, torch.float16],
+    "cuda": [torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32, torch.float64],
+}
+CHUNK = 20
+
+
+@dataclass(frozen=True)
+class Update:
+    """Rows `start` to `stop` of output `output` get s (drop(x) Aᵀ) Bᵀ, of rows of the A and columns of the B named."""
+
+    output: int
+    start: int
+    stop: int
+    adapter: int
+    first: int
+    rank: int
+    scaling: float
+    p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One drawn case: its tensors, the op's call, and what the formula needs besides."""
+
+    text: str
+    backend: str
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    lora_As: list[Tensor]
+    lora_Bs: list[Tensor]
+    upstreams: list[Tensor]
+    updates: list[Update]
+    call: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+    need_grad_x: bool
+
+
+def op_of(number: int) -> str:
+    return OPS[number % len(OPS)]
+
+
+def draw(op: str, number: int, seed: int, device: str) -> Problem:
+    """Case `number` of `seed`: sizes by one generator, values by another."""
+    rng = random.Random(f"{seed}/{number}")
+    values = torch.Generator(device).manual_seed(rng.getrandbits(48))
+    dtype = rng.choice(DTYPES[device])
+    adapter_dtype = rng.choice([dtype, torch.float32])
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(*shape, generator=values, device=device) * scale).to(dtype)
+
+    def matrix(rows: int, columns: int, scale: float, dtype: torch.dtype) -> Tensor:
+        """Contiguous, stored transposed, or every second column of a wider one."""
+        layout = rng.choice("ccts")
+        if layout == "t":
+            return normal(columns, rows, scale=scale, dtype=dtype).t()
+        return (
+            normal(rows, 2 * columns, scale=scale, dtype=dtype)[:, ::2]
+            if layout == "s"
+            else normal(rows, columns, scale=scale, dtype=dtype)
+        )
+
+    rows = _rows(rng, device)
+    in_features = _features(rng)
+    x = _laid_out(rng, normal(rows, in_features))
+    outputs = rng.choice([2, 2, 3, 4]) if op == "lora_group" else 1
+    adapters = rng.randint(1, 6) if op == "lora_segments" else outputs
+    out_features = [_features(rng) for _ in range(outputs)]
+    weights = [matrix(out, in_features, in_features**-0.5, dtype) for out in out_features]
+    biases = [normal(out) if rng.random() < 0.5 else None for out in out_features]
+    ranks = [_rank(rng) for _ in range(adapters)]
+    scalings = [rng.choice([0.25, 1.0, 2.0, 0.7]) for _ in range(adapters)]
+    ps = _dropout_ps(rng, adapters)
+    if op == "lora_segments":
+        columns, heights = [sum(ranks)], out_features
+    else:
+        columns, heights = ranks, out_features
+    lora_As = [matrix(rank, in_features, in_features**-0.5, adapter_dtype) for rank in columns]
+    lora_Bs = [
+        matrix(out, rank, max(rank, 1) ** -0.5, adapter_dtype) for out, rank in zip(heights, columns, strict=True)
+    ]
+    seeds = [rng.getrandbits(63) for _ in range(1 if op == "lora_segments" else adapters)]
+    upstreams = [_upstream(rng, normal, (*x.shape[:-1], out)) for out in out_features]
+    servers = [name for name in ("triton", "native") if _backend.why_not(op, name, device, dtype) is None]
+    if device == "cpu":
+        servers = [name for name in servers if name != "triton"]  # its interpreter takes seconds
+    backend = rng.choice(servers or ["torch"])
+    text = (
+        f"{op} x {tuple(x.shape)} strides {x.stride()}, out {out_features}, ranks {ranks}, dropout {ps}, {dtype}, "
+        f"adapters {adapter_dtype}, bias {[bias is not None for bias in biases]}, backend {backend}"
+    )
+    key = torch.tensor(seeds, device=device)
+
+    def lora_linear_call(x, lora_As, lora_Bs):
+        return [lora_linear(x, weights[0], biases[0], lora_As[0], lora_Bs[0], scalings[0], dropout_p=ps[0], seed=key)]
+
+    def lora_group_call(x, lora_As, lora_Bs):
+        return lora_group(x, weights, biases, list(lora_As), list(lora_Bs), scalings, dropout_ps=ps, seeds=key)
+
+    if op == "lora_segments":
+        ends = sorted(rng.randint(0, rows) for _ in range(rng.randint(2, 8)))
+        chosen = [rng.randint(-1, adapters - 1) for _ in ends[1:]]
+        offsets, which = torch.tensor(ends, device=device), torch.tensor(chosen, device=device)
+        text += f", segments {ends} of adapters {chosen}"
+
+        def lora_segments_call(x, lora_As, lora_Bs):
+            return [
+                lora_segments(
+                    x, weights[0], biases[0], lora_As[0], lora_Bs[0], ranks, scalings, offsets, which,
+                    dropout_ps=ps, seed=key,
+                )
+            ]  # fmt: skip
+
+        firsts = [sum(ranks[:i]) for i in range(adapters)]
+        updates = [
+            Update(0, start, stop, 0, firsts[i], ranks[i], scalings[i], ps[i], seeds[0])
+            for start, stop, i in zip(ends, ends[1:], chosen, strict=False)
+            if i >= 0
+        ]
+        call = lora_segments_call
+    else:
+        updates = [Update(i, 0, rows, i, 0, ranks[i], scalings[i], ps[i], seeds[i]) for i in range(adapters)]
+        call = lora_linear_call if op == "lora_linear" else lora_group_call
+    need_grad_x = rng.random() < 0.8
+    return Problem(text, backend, x, weights, biases, lora_As, lora_Bs, upstreams, updates, call, need_grad_x)
+
+
+def _rows(rng: random.Random, device: str) -> int:
+    # From 2048 rows on a product of its own serves on some GPUs.
+    largest = [(2048, 2600)] if device == "cuda" else []
+    return rng.randint(*rng.choice([(0, 2), (3, 64), (3, 64), (65, 300), (65, 300), (300, 700), *largest]))
+
+
+def _features(rng: random.Random) -> int:
+    kind = rng.randrange(4)
+    if kind == 0:
+        return rng.randint(1, 40)
+    return rng.randint(1, 300) if kind == 1 else 8 * rng.randint(1, 64)
+
+
+def _rank(rng: random.Random) -> int:
+    return rng.randint(*rng.choice([(0, 1), (1, 16), (1, 16), (16, 32), (33, 64), (65, 128), (129, 512)]))
+
+
+def _dropout_ps(rng: random.Random, count: int) -> list[float]:
+    if rng.random() < 0.4:
+        return [0.0] * count
+    return [rng.choice([0.0, 0.05, 0.05, 0.1, 0.5, 1.0]) for _ in range(count)]
+
+
+def _laid_out(rng: random.Random, x: Tensor) -> Tensor:
+    """x (rows, in_features) as it is, or in three dimensions, or behind strides."""
+    layout = rng.choice("ccc3ts")
+    rows, in_features = x.shape
+    if layout == "3" and rows % 2 == 0:
+        return x.view(2, rows // 2, in_features)
+    if layout == "t":
+        return x.t().contiguous().t()
+    if layout == "s":
+        return x.repeat_interleave(2, dim=1)[:, ::2]
+    return x
+
+
+def _upstream(rng: random.Random, normal: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Contiguous, one number everywhere with strides of zero (the gradient of a sum), or stored transposed."""
+    layout = rng.choice("cc0t")
+    if layout == "0":
+        return normal(1).expand(shape)
+    if layout == "t":
+        return normal(*reversed(shape)).permute(*reversed(range(len(shape))))
+    return normal(*shape)
+
+
+def results(
+    problem: Problem, call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], upstreams
+) -> list[Tensor]:
+    """Outputs, then the gradients of the A's, the B's and, where it is wanted, x."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    if not problem.need_grad_x:
+        leaves[0].requires_grad_(False)
+    count = len(problem.lora_As)
+    outputs = call(leaves[0], leaves[1 : 1 + count], leaves[1 + count :])
+    wanted = leaves[1:] + leaves[: problem.need_grad_x]
+    # The formula's outputs without an adapter depend on nothing that is differentiated by.
+    differentiable = [pair for pair in zip(outputs, upstreams, strict=True) if pair[0].requires_grad]
+    grads = [torch.zeros_like(leaf) for leaf in wanted]
+    if differentiable:
+        roots, root_grads = zip(*differentiable, strict=True)
+        grads = torch.autograd.grad(roots, wanted, root_grads, allow_unused=True, materialize_grads=True)
+    return [*(output.detach() for output in outputs), *grads]
+
+
+def formula(problem: Problem, power: int) -> list[Tensor]:
+    """The plain expression and its gradients in fp64; with power 2, of the squares of every factor."""
+
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor.detach().double() ** power
+
+    def call(x, lora_As, lora_Bs):
+        folded = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        found = [
+            linear(folded, wide(weight), None if bias is None else wide(bias))
+            for weight, bias in zip(problem.weights, problem.biases, strict=True)
+        ]
+        for update in problem.updates:
+            dropped = folded
+            if update.p:
+                kept = keep_mask(*folded.shape, update.p, update.seed, folded.device)
+                dropped = folded * (kept.double() * keep_scale(update.p)) ** power
+            lora_A = lora_As[update.adapter][update.first : update.first + update.rank]
+            lora_B = lora_Bs[update.adapter][:, update.first : update.first + update.rank]
+            added = linear(linear(dropped[update.start : update.stop], lora_A), lora_B) * update.scaling**power
+            above, below = update.start, folded.shape[0] - update.stop
+            found[update.output] = found[update.output] + pad(added, (0, 0, above, below))
+        return [y.reshape(*x.shape[:-1], y.shape[1]) for y in found]
+
+    inputs = [wide(tensor) for tensor in (problem.x, *problem.lora_As, *problem.lora_Bs)]
+    return results(problem, call, inputs, [wide(upstream) for upstream in problem.upstreams])
+
+
+def check(number: int, seed: int, device: str) -> tuple[str, list[float]]:
+    """The case's description, and the errors of its outputs and gradients as multiples of their tolerance.
+
+    A result that does not repeat bit for bit counts as an infinite error.
+    """
+    problem = draw(op_of(number), number, seed, device)
+    inputs = (problem.x, *problem.lora_As, *problem.lora_Bs)
+    with use_backend(problem.backend):
+        got = results(problem, problem.call, inputs, problem.upstreams)
+        again = results(problem, problem.call, inputs, problem.upstreams)
+    errors = []
+    for value, repeated, exact, squares in zip(got, again, formula(problem, 1), formula(problem, 2), strict=True):
+        if value.numel() == 0:
+            continue
+        same = torch.equal(value, repeated)
+        scale = float(squares.sum().sqrt())
+        error = float((value.double() - exact).norm())
+        tolerance = max(TOLERANCE[value.dtype], TOLERANCE[problem.x.dtype]) * (scale or 1.0)
+        errors.append(error / tolerance if same else float("inf"))
+    return problem.text, errors
+
+
+def check_chunk(numbers: Sequence[int], seed: int, device: str) -> list[tuple[int, str]]:
+    """The numbers of the cases that fail, each with what is wrong."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # also fills new memory with NaN
+    failures = []
+    try:
+        for number in numbers:
+            try:
+                text, errors = check(number, seed, device)
+            except Exception as error:  # of whatever kind: it is a finding
+                failures.append((number, f"{op_of(number)}: {type(error).__name__}: {error}"))
+                continue
+            # NaN is not <= either.
+            if not all(error <= 1 for error in errors):
+                shown = ", ".join(f"{error:.2g}" for error in errors)
+                failures.append((number, f"{text}: {shown} times the tolerance"))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    return failures
+
+
+def run(cases: int, seed: int, device: str, workers: int, seconds: float) -> tuple[list[int], list[tuple[int, str]]]:
+    """Check cases 0 to `cases` - 1 until the time is up. Returns the numbers checked and the failures."""
+    chunks = [range(first, min(first + CHUNK, cases)) for first in range(0, cases, CHUNK)]
+    end = time.monotonic() + seconds
+    done: list[int] = []
+    failures: list[tuple[int, str]] = []
+    if workers == 1:
+        for chunk in chunks:
+            if time.monotonic() > end:
+                break
+            failures += check_chunk(chunk, seed, device)
+            done += chunk
+        return done, failures
+    # Several processes because most of the time goes into compiling kernels, one a thread.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        pending = {pool.submit(check_chunk, chunk, seed, device): chunk for chunk in chunks}
+        for future in as_completed(pending):
+            failures += future.result()
+            done += pending[future]
+            if time.monotonic() > end:
+                break
+        pool.shutdown(cancel_futures=True)
+        for future, chunk in pending.items():
+            if future.done() and not future.cancelled() and chunk[0] not in done:
+                failures += future.result()
+                done += chunk
+    return done, failures
+
+
+def rows(done: Sequence[int], failures: Sequence[tuple[int, str]], seed: int) -> dict[str, dict[str, Any]]:
+    """A results row an op: how many cases were checked and how many failed."""
+    return {
+        f"fuzz/{op}": {
+            "cases": sum(op_of(number) == op for number in done),
+            "failures": sum(op_of(number) == op for number, _ in failures),
+            "seeds": [seed],
+        }
+        for op in SHARES
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=int, help="check this case only")
+    parser.add_argument("--seconds", type=float, default=110.0, help="start no more cases after this time")
+    parser.add_argument("--workers", type=int, help="processes; default 1 on a CPU, half the cores on a GPU")
+    options = parser.parse_args(arguments)
+    if options.case is not None:
+        torch.use_deterministic_algorithms(True)
+        print(*check(options.case, options.seed, options.device), sep="\n")
+        return 0
+    workers = options.workers or (max(1, (os.cpu_count() or 2) // 2) if options.device == "cuda" else 1)
+    done, failures = run(options.cases, options.seed, options.device, workers, options.seconds)
+    for number, text in sorted(failures):
+        print(f"case {number}: {text}\n    again: python -m benchmarks.fuzz --seed {options.seed} --case {number}")
+    where = provenance(options.device, options.commit or current_commit())
+    results_file = ResultsFile(options.device, record=options.record)
+    for name, row in rows(done, failures, options.seed).items():
+        print(f"{name}: {row['cases']} cases, {row['failures']} failures")
+        results_file.write(name, row | where)
+    if len(done) < options.cases:
+        print(f"the time was up after {len(done)} of {options.cases} cases")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
