@@ -129,7 +129,7 @@ def _case(device: str, shape: dict[str, Any], batch: int, length: int, p: float)
 
 
 def _flops(shape: dict[str, Any], tokens: int, model: nn.Module) -> float:
-    """Matrix products of the frozen step, 4 a weight and token, attention's left out; 6 an adapter's weight and token."""
+    """4 a frozen weight and token, 6 an adapter's; attention's own products are left out."""
     frozen = sum(module.base_layer.weight.numel() for module in adapter_layers(model).values())
     adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return tokens * (4 * (frozen + shape["vocab_size"] * shape["hidden_size"]) + 6 * adapters)

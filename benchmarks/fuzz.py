@@ -47,7 +47,10 @@ CHUNK = 20
 
 @dataclass(frozen=True)
 class Update:
-    """Rows `start` to `stop` of output `output` get s (drop(x) Aᵀ) Bᵀ, of rows of the A and columns of the B named."""
+    """Rows `start` to `stop` of output `output` get s (drop(x) Aᵀ) Bᵀ.
+
+    A is `rank` rows from `first` on of the A numbered `adapter`, and B as many columns of its B.
+    """
 
     output: int
     start: int
@@ -113,14 +116,10 @@ def draw(op: str, number: int, seed: int, device: str) -> Problem:
     ranks = [_rank(rng) for _ in range(adapters)]
     scalings = [rng.choice([0.25, 1.0, 2.0, 0.7]) for _ in range(adapters)]
     ps = _dropout_ps(rng, adapters)
-    if op == "lora_segments":
-        columns, heights = [sum(ranks)], out_features
-    else:
-        columns, heights = ranks, out_features
-    lora_As = [matrix(rank, in_features, in_features**-0.5, adapter_dtype) for rank in columns]
-    lora_Bs = [
-        matrix(out, rank, max(rank, 1) ** -0.5, adapter_dtype) for out, rank in zip(heights, columns, strict=True)
-    ]
+    # Segments share one stack of adapters.
+    sizes = list(zip(out_features, [sum(ranks)] if op == "lora_segments" else ranks, strict=True))
+    lora_As = [matrix(rank, in_features, in_features**-0.5, adapter_dtype) for _, rank in sizes]
+    lora_Bs = [matrix(out, rank, max(rank, 1) ** -0.5, adapter_dtype) for out, rank in sizes]
     seeds = [rng.getrandbits(63) for _ in range(1 if op == "lora_segments" else adapters)]
     upstreams = [_upstream(rng, normal, (*x.shape[:-1], out)) for out in out_features]
     servers = [name for name in ("triton", "native") if _backend.why_not(op, name, device, dtype) is None]

@@ -1,4 +1,4 @@
-"""Write the tables and plots of docs/benchmarks.md from benchmarks/results/*.json: ``python -m benchmarks.report``."""
+"""Write the tables and plots of docs/benchmarks.md from benchmarks/results/: ``python -m benchmarks.report``."""
 
 from __future__ import annotations
 
