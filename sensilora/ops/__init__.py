@@ -4,6 +4,7 @@ from sensilora.ops._backend import use_backend
 from sensilora.ops.autocorrelation_diag import autocorrelation_diag
 from sensilora.ops.diagonal_metrics import DiagonalMetrics, diagonal_metrics
 from sensilora.ops.fisher_diag import fisher_diag
+from sensilora.ops.lora_group import lora_group
 from sensilora.ops.lora_linear import lora_linear
 from sensilora.ops.lora_segments import lora_segments
 
@@ -12,6 +13,7 @@ __all__ = [
     "autocorrelation_diag",
     "diagonal_metrics",
     "fisher_diag",
+    "lora_group",
     "lora_linear",
     "lora_segments",
     "use_backend",

@@ -31,10 +31,14 @@ FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's code for one op, and the dtypes of the main input that it serves."""
+    """One backend's code for one op, and the dtypes of the main input that it serves.
+
+    `native_op` names the op of the native extension that a native implementation calls, where it is another's.
+    """
 
     call: Callable[..., Any]
     dtypes: frozenset[torch.dtype] = FLOATS
+    native_op: str | None = None
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -126,7 +130,7 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
     if backend == "triton":
         reason = _why_not_triton(device_type, dtype)
     elif backend == "native":
-        reason = _why_not_native(op, device_type)
+        reason = _why_not_native(implementation.native_op or op, device_type)
     if reason is None and dtype not in implementation.dtypes:
         reason = f"it takes {', '.join(sorted(str(d) for d in implementation.dtypes))}, not {dtype}"
     return reason

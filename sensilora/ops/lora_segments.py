@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from sensilora.ops import _backend
 from sensilora.ops._backend import Implementation
 from sensilora.ops._dropout import dropout, keep_scale, threshold
-from sensilora.ops.lora_linear import _rows
+from sensilora.ops._lora import rows as _rows
 
 
 def lora_segments(
