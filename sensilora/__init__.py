@@ -2,9 +2,10 @@
 
 The path through the package: `calibrate` a model on a little data, `allocate` ranks under one budget, `inject` the
 adapters, train as usual, `save_adapter` in PEFT's format. The layer itself is `sensilora.nn.VarRankLoRALinear`, the
-operations are in `sensilora.ops`.
+operations are in `sensilora.ops`; `sensilora.mixed` is for several adapters in one batch.
 """
 
+from sensilora import mixed
 from sensilora.adapters import inject, load_adapter, merge, save_adapter, unload
 from sensilora.allocation import allocate
 from sensilora.ops import use_backend
@@ -21,6 +22,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "mixed",
     "save_adapter",
     "unload",
     "use_backend",

@@ -41,6 +41,8 @@ _TASK_TYPES = {
     "LMHeadModel": "CAUSAL_LM",
 }
 
+_TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
 Model = TypeVar("Model", bound=nn.Module)
 Layers = Mapping[str, VarRankLoRALinear | LoRAAdapter]
 
@@ -82,7 +84,7 @@ def inject(
     """
     modules = _plain_modules(model)
     check_plan(plan, model, modules, strict=strict)
-    saved = _matching(modules, modules_to_save)
+    saved = matching_modules(modules, modules_to_save)
     for name in plan.ranks:
         if any(name == module or name.startswith(module + ".") for module in saved):
             raise AdapterError(
@@ -128,14 +130,15 @@ def check_plan(plan: RankPlan, model: nn.Module, modules: dict[str, nn.Module], 
 
 
 def _plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    if adapter_layers(model):
+    if _adapted(model):
         raise AdapterError(
             "the model carries adapters already; call unload(model) first, after merge(model) to keep them"
         )
     return dict(model.named_modules())
 
 
-def _matching(modules: dict[str, nn.Module], suffixes: Iterable[str]) -> list[str]:
+def matching_modules(modules: dict[str, nn.Module], suffixes: Iterable[str]) -> list[str]:
+    """Full names of the modules that `modules_to_save` means; AdapterError where one means none."""
     names = []
     for suffix in suffixes:
         found = [name for name in modules if _is_suffix(suffix, name)]
@@ -208,13 +211,19 @@ def unload(model: Model) -> Model:
     Raises:
         AdapterError: the model carries no adapter.
     """
-    layers = _required_layers(model)
-    replace_modules(model, {id(layer): layer.base_layer for layer in layers.values()})
+    layers = _adapted(model) or list(_required_layers(model).values())
+    replace_modules(model, {id(layer): layer.base_layer for layer in layers})
     return model
+
+
+def _adapted(model: nn.Module) -> list[VarRankLoRALinear | MultiLoRALinear]:
+    return [module for module in model.modules() if isinstance(module, (VarRankLoRALinear, MultiLoRALinear))]
 
 
 def _required_layers(model: nn.Module) -> dict[str, VarRankLoRALinear]:
     layers = adapter_layers(model)
+    if not layers and _adapted(model):
+        raise AdapterError("the model carries named adapters; use the function of this name in sensilora.mixed")
     if not layers:
         raise AdapterError(f"{type(model).__name__} carries no adapter; call inject or load_adapter first")
     return layers
@@ -264,7 +273,8 @@ def _adapter_config(model: nn.Module, layers: Layers, saved: tuple[str, ...]) ->
     largest = max(ranks, key=lambda name: ranks[name])
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": task_type(model),
+        # PEFT looks for a head of these tasks in every adapter file, and fails where it finds none.
+        "task_type": None if not saved and task_type(model) in _TASKS_WITH_HEAD else task_type(model),
         "r": ranks[largest],
         "lora_alpha": alphas[largest],
         "lora_dropout": layers[largest].dropout,

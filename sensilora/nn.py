@@ -59,7 +59,7 @@ class VarRankLoRALinear(nn.Module):
         super().__init__()
         _check_base(base_layer)
         self.out_features, self.in_features = matrix_shape(base_layer)
-        _check_settings(rank, base_layer, init, dropout)
+        check_settings(rank, base_layer, init, dropout)
         self.rank = rank
         self.scaling = float(scaling)
         self.dropout = float(dropout)
@@ -160,7 +160,8 @@ def _check_base(base_layer: nn.Module) -> None:
         raise AdapterError(f"base_layer must be nn.Linear or Conv1D, not {type(base_layer).__name__}")
 
 
-def _check_settings(rank: int, base_layer: nn.Module, init: str, dropout: float) -> None:
+def check_settings(rank: int, base_layer: nn.Module, init: str, dropout: float) -> None:
+    """Raise what `VarRankLoRALinear` raises for arguments that no adapter of this layer can have."""
     if init not in INITS:
         raise ValueError(f"init {init!r} is unknown; choose one of {', '.join(INITS)}")
     if not 0.0 <= dropout <= 1.0:
@@ -254,8 +255,7 @@ class AdapterRouting:
         Raises:
             AdapterError: the name cannot be a part of a parameter's name, or stands for the base layer.
         """
-        if name == BASE or not name or "." in name or hasattr(nn.ParameterDict(), name):
-            raise AdapterError(f"an adapter cannot be called {name!r}; choose a name without dots, such as 'task_a'")
+        check_name(name)
         if name not in self.names:
             self.names.append(name)
 
@@ -284,7 +284,8 @@ class AdapterRouting:
             for_all = ids if ids == BASE else self.known(ids)
         elif ids is not None:
             if not isinstance(ids, Tensor):
-                ids = torch.tensor([-1 if name == BASE else self.names.index(self.known(name)) for name in ids])
+                numbers = [-1 if name == BASE else self.names.index(self.known(name)) for name in ids]
+                ids = torch.tensor(numbers, dtype=torch.int64)
             assigned["ids"] = _int64_vector(ids, "adapter ids")
         if offsets is not None:
             if "ids" not in assigned or offsets.shape != (assigned["ids"].shape[0] + 1,):
@@ -354,6 +355,12 @@ class AdapterRouting:
             with torch.inference_mode(False):
                 self._moved[key, device] = pinned.to(device, non_blocking=True)
         return self._moved[key, device]
+
+
+def check_name(name: str) -> None:
+    """Raise AdapterError unless `name` can be a part of a parameter's name and does not stand for the base layer."""
+    if name == BASE or not name or "." in name or hasattr(nn.ParameterDict(), name):
+        raise AdapterError(f"an adapter cannot be called {name!r}; choose a name without dots, such as 'task_a'")
 
 
 def _int64_vector(tensor: Tensor, name: str) -> Tensor:
@@ -460,7 +467,7 @@ class MultiLoRALinear(nn.Module):
             RankError: the rank is out of range.
             ValueError: `init` is unknown, or `dropout` outside [0, 1].
         """
-        _check_settings(rank, self.base_layer, init, dropout)
+        check_settings(rank, self.base_layer, init, dropout)
         if name in self.lora_A:
             raise AdapterError(f"there is an adapter {name!r} already; delete it first, or choose another name")
         self.routing.add(name)

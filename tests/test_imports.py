@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "_files", "kernels", "_C"},
     {"targets", "ops"},
     {"nn", "sensitivity", "allocation", "plan", "data"},
-    {"adapters", "integrations", "plots"},
+    {"adapters", "integrations", "mixed", "plots"},
     {"demo", "doctor"},
     {"cli", "__main__"},
 ]
