@@ -248,6 +248,7 @@ class AdapterRouting:
         self._assigned: dict[str, Tensor] = {}
         self._moved: dict[tuple[str, torch.device], Tensor] = {}
         self._captured: dict[tuple[str, torch.device, int], Tensor] = {}
+        self._even: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def add(self, name: str) -> None:
         """Give `name` the next id, unless it has one.
@@ -325,18 +326,29 @@ class AdapterRouting:
         ids = self._for_kernels("ids", x.device)
         if "offsets" in self._assigned:
             return self._for_kernels("offsets", x.device), ids
-        batch, rows = ids.shape[0], x.shape[:-1].numel()
+        batch = ids.shape[0]
         if x.shape[0] != batch:
             raise ValueError(f"there are {batch} adapter ids for a batch of {x.shape[0]}; give one for each sample")
-        if rows == 0:
-            return ids.new_zeros(batch + 1), ids
-        return torch.arange(0, rows + 1, rows // batch, device=x.device), ids
+        return self._even_offsets(batch, math.prod(x.shape[1:-1]), x.device), ids
+
+    def _even_offsets(self, batch: int, rows: int, device: torch.device) -> Tensor:
+        """Offsets of `batch` segments of as many rows. Kept, also for the captured graphs that read them."""
+        if torch.compiler.is_compiling():
+            return torch.arange(batch + 1, device=device) * rows
+        offsets = self._even.get((batch, rows, device))
+        if offsets is None:
+            with torch.inference_mode(False):
+                offsets = torch.arange(batch + 1, device=device) * rows
+            # What is made inside a capture has no values outside of it.
+            if not _capturing(device):
+                self._even[batch, rows, device] = offsets
+        return offsets
 
     def _for_kernels(self, key: str, device: torch.device) -> Tensor:
         if device.type != "cuda" or torch.compiler.is_compiling():
             return self._on(key, device)
         place = (key, device, self._assigned[key].shape[0])
-        if torch.cuda.is_current_stream_capturing():
+        if _capturing(device):
             if place not in self._captured:
                 raise AdapterError("run the model once with these adapter ids before capturing a CUDA graph of it")
             return self._captured[place]
@@ -361,6 +373,10 @@ def check_name(name: str) -> None:
     """Raise AdapterError unless `name` can be a part of a parameter's name and does not stand for the base layer."""
     if name == BASE or not name or "." in name or hasattr(nn.ParameterDict(), name):
         raise AdapterError(f"an adapter cannot be called {name!r}; choose a name without dots, such as 'task_a'")
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _int64_vector(tensor: Tensor, name: str) -> Tensor:

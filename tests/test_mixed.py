@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from sensilora import adapters, mixed
@@ -293,6 +294,18 @@ def test_compiles_without_graph_breaks(device, compiler):
     for ids in (["a0", "a1", BASE, "a1"], ["a1", "a1", "a0", BASE]):
         layer.routing.assign(torch.tensor([-1 if name == BASE else int(name[1]) for name in ids], device=device))
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_other_batches_and_lengths_do_not_compile_again():
+    layer, counter = one_layer(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    counts = set()
+    for batch, length in ((4, 5), (4, 7), (3, 7), (6, 9), (2, 30)):
+        layer.routing.assign(torch.arange(batch) % 3 - 1)
+        x = torch.randn(batch, length, 8)
+        torch.testing.assert_close(compiled(x), layer(x))
+        counts.add(counter.frame_count)
+    assert len(counts) == 1
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, torch.bfloat16])
