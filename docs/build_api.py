@@ -26,9 +26,15 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("Adapters", "", [(f"sensilora.{name}", getattr(sensilora, name))
                       for name in ("inject", "merge", "unload", "save_adapter", "load_adapter")]
      + [("sensilora.nn.VarRankLoRALinear", sensilora.nn.VarRankLoRALinear)]),
+    ("Several adapters in one batch", "", [(f"sensilora.mixed.{name}", getattr(sensilora.mixed, name))
+      for name in ("add_adapter", "load_adapter", "save_adapter", "delete_adapter", "merge", "set_adapter_ids",
+                   "adapter_ids", "adapter_names", "adapter_parameters", "set_requires_grad")]
+     + [(f"sensilora.nn.{name}", getattr(sensilora.nn, name))
+        for name in ("MultiLoRALinear", "LoRAAdapter", "AdapterRouting")]),
     ("Operations", "Each has a plain torch reference and faster backends; see the table in the README.",
      [(f"sensilora.ops.{name}", getattr(sensilora.ops, name))
-      for name in ("autocorrelation_diag", "fisher_diag", "diagonal_metrics", "DiagonalMetrics", "lora_linear")]
+      for name in ("autocorrelation_diag", "fisher_diag", "diagonal_metrics", "DiagonalMetrics", "lora_linear",
+                   "lora_segments")]
      + [("sensilora.use_backend", sensilora.use_backend)]),
     ("Pictures", "", [("sensilora.plots.plot_ranks", sensilora.plots.plot_ranks),
                       ("sensilora.plots.plot_training", sensilora.plots.plot_training)]),

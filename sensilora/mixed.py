@@ -284,10 +284,14 @@ def save_adapter(
         The folder's path.
 
     Raises:
-        AdapterError: the model has no such adapter, or `modules_to_save` names nothing.
+        AdapterError: the model has no such adapter, its ranks are all 0, or `modules_to_save` names nothing.
         OutputExistsError: the folder exists and `force` is false.
     """
-    layers = {name: layer.adapters[adapter] for name, layer in _layers_of(model, adapter).items()}
+    found = {name: layer.adapters[adapter] for name, layer in _layers_of(model, adapter).items()}
+    # PEFT knows no rank 0.
+    layers = {name: layer for name, layer in found.items() if layer.rank > 0}
+    if not layers:
+        raise AdapterError(f"adapter {adapter!r} has rank 0 everywhere, so there is nothing to save")
     saved = matching_modules(dict(model.named_modules()), modules_to_save)
     return write_adapter(model, layers, tuple(saved), folder, force=force)
 

@@ -385,7 +385,7 @@ def _int64_vector(tensor: Tensor, name: str) -> Tensor:
     return tensor.to(torch.int64, copy=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoRAAdapter:
     """A view of one adapter of a `MultiLoRALinear`.
 

@@ -404,6 +404,18 @@ def test_a_head_for_all_is_saved_on_request(tmp_path):
         torch.testing.assert_close(logits(opened), logits(model), rtol=1e-4, atol=1e-5)
 
 
+def test_layers_resized_to_rank_0_are_left_out(tmp_path):
+    model = with_adapters(llama(), ("a",))
+    layers = [module for module in model.modules() if isinstance(module, MultiLoRALinear)]
+    layers[0].resize_rank("a", 0)
+    mixed.save_adapter(model, tmp_path / "a", adapter="a")
+    torch.testing.assert_close(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
+    for layer in layers:
+        layer.resize_rank("a", 0)
+    with pytest.raises(AdapterError, match="rank 0 everywhere"):
+        mixed.save_adapter(model, tmp_path / "b", adapter="a")
+
+
 def test_an_adapter_peft_saved_is_loaded_under_a_name(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], init_lora_weights=False)

@@ -188,6 +188,17 @@ def test_numbers_that_are_no_adapters_take_the_base_layer(on_backend, device):
     assert not grad_A[:3].any()
 
 
+def test_offsets_past_the_last_row_are_cut_off(on_backend, device):
+    ranks, adapters = [3, 5], [0, 1, 0]
+    tensors = make(12, 8, 6, ranks, torch.float32, device)
+    with on_backend(OP, torch.float32):
+        got, wanted = (
+            run(tensors, torch.ones(12, 6), ranks, [1.0, 2.0], on(device, offsets, adapters))
+            for offsets in ([0, 5, 40, 90], [0, 5, 12, 12])
+        )
+    assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+
+
 def test_segments_of_int32(on_backend, device):
     tensors = make(12, 8, 6, [3, 5], torch.float32, device)
     segments = on(device, [0, 5, 12], [1, 0])
