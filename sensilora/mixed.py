@@ -134,11 +134,15 @@ def _layers(model: nn.Module) -> dict[str, MultiLoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)}
 
 
-def _routing(model: nn.Module) -> AdapterRouting:
+def _first_layer(model: nn.Module) -> MultiLoRALinear:
     for module in model.modules():
         if isinstance(module, MultiLoRALinear):
-            return module.routing
+            return module
     raise AdapterError(f"{type(model).__name__} carries no named adapter; call sensilora.mixed.add_adapter first")
+
+
+def _routing(model: nn.Module) -> AdapterRouting:
+    return _first_layer(model).routing
 
 
 def _layers_of(model: nn.Module, adapter: str) -> dict[str, MultiLoRALinear]:
@@ -184,7 +188,8 @@ def set_adapter_ids(
         AdapterError: a name is unknown, or `ids` and `offsets` are not as above. A batch of another length than the
             ids raises ValueError in the forward pass.
     """
-    _routing(model).assign(ids, offsets)
+    layer = _first_layer(model)
+    layer.routing.assign(ids, offsets, layer.weight.device)
 
 
 @contextlib.contextmanager
@@ -196,13 +201,13 @@ def adapter_ids(
     The backward pass may come after the block, except under gradient checkpointing, which runs parts of the forward
     pass again and must find the same ids.
     """
-    routing = _routing(model)
-    before = routing.assignment()
-    routing.assign(ids, offsets)
+    layer = _first_layer(model)
+    before = layer.routing.assignment()
+    layer.routing.assign(ids, offsets, layer.weight.device)
     try:
         yield
     finally:
-        routing.assign(*before)
+        layer.routing.assign(*before, layer.weight.device)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

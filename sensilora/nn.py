@@ -277,8 +277,16 @@ class AdapterRouting:
 
     # Not as inference tensors, since a later forward pass may save them for its backward pass.
     @torch.inference_mode(False)
-    def assign(self, ids: str | Sequence[str] | Tensor | None, offsets: Tensor | None = None) -> None:
-        """Say which adapter serves which rows from now on; see `sensilora.mixed.set_adapter_ids`."""
+    def assign(
+        self,
+        ids: str | Sequence[str] | Tensor | None,
+        offsets: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Say which adapter serves which rows from now on; see `sensilora.mixed.set_adapter_ids`.
+
+        `device` is where most layers are; ids are put there now, and elsewhere when a layer first needs them.
+        """
         assigned: dict[str, Tensor] = {}
         for_all = None
         if isinstance(ids, str):
@@ -292,6 +300,8 @@ class AdapterRouting:
             if "ids" not in assigned or offsets.shape != (assigned["ids"].shape[0] + 1,):
                 raise AdapterError("offsets go with adapter ids, one for each segment: one offset more than ids")
             assigned["offsets"] = _int64_vector(offsets, "offsets")
+        if device is not None:
+            assigned = {key: _moved_to(tensor, device) for key, tensor in assigned.items()}
         self._for_all, self._assigned = for_all, assigned
         self._moved.clear()
         for (key, device, length), tensor in self._captured.items():
@@ -362,10 +372,8 @@ class AdapterRouting:
         if tensor.device == device:
             return tensor
         if (key, device) not in self._moved:
-            # From pinned memory the host need not wait for the copy.
-            pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
             with torch.inference_mode(False):
-                self._moved[key, device] = pinned.to(device, non_blocking=True)
+                self._moved[key, device] = _moved_to(tensor, device)
         return self._moved[key, device]
 
 
@@ -373,6 +381,13 @@ def check_name(name: str) -> None:
     """Raise AdapterError unless `name` can be a part of a parameter's name and does not stand for the base layer."""
     if name == BASE or not name or "." in name or hasattr(nn.ParameterDict(), name):
         raise AdapterError(f"an adapter cannot be called {name!r}; choose a name without dots, such as 'task_a'")
+
+
+def _moved_to(tensor: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory the host need not wait for the copy.
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _capturing(device: torch.device) -> bool:

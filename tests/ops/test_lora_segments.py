@@ -403,16 +403,18 @@ def test_a_captured_graph_is_replayed_with_other_segments():
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_device(on_backend):
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_nothing_waits_for_the_device(name):
     ranks, segments = [3, 20, 8], on("cuda", [0, 10, 25, 40], [0, 1, 2])
     tensors = make(40, 64, 48, ranks, torch.float32, "cuda")
     seed, upstream = torch.tensor([5], device="cuda"), torch.randn(40, 48, device="cuda")
-    run(tensors, upstream, ranks, scales(ranks), segments, 0.1, seed)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with use_backend(name):
         run(tensors, upstream, ranks, scales(ranks), segments, 0.1, seed)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(tensors, upstream, ranks, scales(ranks), segments, 0.1, seed)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_tables():
