@@ -7,6 +7,8 @@ import os
 # Before torch or triton is imported: Triton kernels run under their interpreter where there is no GPU.
 import torch
 
+# torch.use_deterministic_algorithms wants cuBLAS to have a workspace of its own, which is chosen when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -63,8 +63,7 @@ def bert(folder, *, classifier=False, **changes):
     return save(model(bert_config(**changes)), folder, bert=True)
 
 
-def llama(folder, **changes):
-    torch.manual_seed(1)
+def llama_config(**changes):
     fields = {
         "vocab_size": 24,
         "hidden_size": 32,
@@ -78,7 +77,12 @@ def llama(folder, **changes):
         "eos_token_id": 3,
         "pad_token_id": None,
     }
-    return save(LlamaForCausalLM(LlamaConfig(**{**fields, **changes})), folder, bert=False)
+    return LlamaConfig(**{**fields, **changes})
+
+
+def llama(folder, **changes):
+    torch.manual_seed(1)
+    return save(LlamaForCausalLM(llama_config(**changes)), folder, bert=False)
 
 
 def gpt2(folder):

@@ -3,38 +3,79 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 def cast_for_autocast(x: Tensor, *operands: Tensor | None) -> tuple[Any, ...]:
     """`x` and the frozen operands in the dtype in which ``torch.nn.functional.linear`` would take them."""
-    if not torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    # The question whether autocast is enabled is an error for devices that have none, such as meta.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x, *operands
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), *(None if operand is None else operand.to(dtype) for operand in operands)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor is not None and _autocasts(tensor) else tensor for tensor in (x, *operands)
+    )
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    """Autocast leaves integers and fp64 as they are."""
+    return tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def check_operands(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout_p: float
 ) -> None:
-    """Raise ValueError unless these make one frozen layer with its adapter."""
-    out_features, in_features = weight.shape
-    rank = lora_A.shape[0]
-    if x.shape[-1] != in_features or lora_A.shape != (rank, in_features) or lora_B.shape != (out_features, rank):
+    """Raise ValueError unless these make one frozen layer with its adapter, and RuntimeError in forward mode."""
+    fit = x.dim() > 0 and weight.dim() == lora_A.dim() == lora_B.dim() == 2
+    if fit:
+        (out_features, in_features), rank = weight.shape, lora_A.shape[0]
+        fit = x.shape[-1] == lora_A.shape[1] == in_features and lora_B.shape == (out_features, rank)
+    if not fit:
         raise ValueError(
             f"shapes do not fit: x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
             f"lora_A {tuple(lora_A.shape)}, lora_B {tuple(lora_B.shape)}"
         )
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must have shape {(out_features,)}, not {tuple(bias.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}")
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise ValueError(f"weight and bias must have x's dtype {x.dtype}, not {weight.dtype}; cast x or use autocast")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], not {dropout_p}")
+    tensors = [tensor for tensor in (x, weight, bias, lora_A, lora_B) if tensor is not None]
+    if any(tensor.device != x.device for tensor in tensors):
+        devices = ", ".join(str(tensor.device) for tensor in tensors)
+        raise ValueError(f"x, weight, bias, lora_A and lora_B must be on one device, not on {devices}")
+    # torch would lose the tangent without a word: a custom op has no forward-mode formula.
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "an adapter cannot be differentiated in forward mode; use backward, or the plain expression "
+            "linear(x, W, b) + s * linear(linear(x, A), B)"
+        )
+
+
+def seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """The seed of one mask as the ops take it: int64 (1,) on `device`, drawn if it is None.
+
+    Raises:
+        ValueError: a tensor of another dtype, size or device.
+    """
+    if seed is None:
+        return draw_seeds(1, device)
+    if isinstance(seed, int):
+        return torch.tensor([seed], dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(
+            f"seed must be an int, or an int64 tensor of one element on x's device {device}, not "
+            f"{tuple(seed.shape)} of {seed.dtype} on {seed.device}"
+        )
+    return seed
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:
@@ -47,7 +88,12 @@ def draw_seeds(count: int, device: torch.device) -> Tensor:
 
 def rows(x: Tensor) -> Tensor:
     """Every leading dimension folded into one; reshape(-1, ...) would not do for a last size of 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x.reshape(row_count(x), x.shape[-1])
+
+
+def row_count(x: Tensor) -> int:
+    """Product of the leading dimensions; torch.Size.numel would fix a symbolic size under torch.compile."""
+    return math.prod(x.shape[:-1])
 
 
 def padded_rank(rank: int) -> int:
