@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from sensilora.ops import _backend
 from sensilora.ops._backend import Implementation
 from sensilora.ops._dropout import dropout, keep_scale, threshold
-from sensilora.ops._lora import rows as _rows
+from sensilora.ops._lora import cast_for_autocast, check_operands, padded_rank, row_count, rows, seed_tensor
 
 
 def lora_segments(
@@ -46,7 +46,7 @@ def lora_segments(
         ranks: each adapter's rank; 0 is the base layer alone.
         scalings: each adapter's effective scale s (alpha / rank in PEFT's terms).
         offsets: int64 (segments + 1,) on x's device, ascending: segment i is rows offsets[i] to offsets[i + 1].
-            Rows outside every segment take the base layer alone.
+            Rows outside every segment take the base layer alone; offsets past the last row are cut off there.
         adapters: int64 (segments,) on x's device: each segment's adapter, in any order and any number of times. A
             number that is no adapter's, such as -1, stands for the base layer alone.
         dropout_ps: each adapter's probability of dropping an input element, or one for all; rounded to a multiple
@@ -61,40 +61,27 @@ def lora_segments(
         ValueError: shapes, dtypes, devices or lengths do not fit, a rank is negative, or a probability is outside
             [0, 1].
         BackendError: a backend was asked for that cannot serve.
-        RuntimeError: when differentiated twice.
+        RuntimeError: when differentiated twice, or in forward mode.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     ranks, scalings = list(ranks), [float(scaling) for scaling in scalings]
     ps = [float(dropout_ps)] * len(ranks) if isinstance(dropout_ps, (int, float)) else [float(p) for p in dropout_ps]
     _check(x, weight, bias, lora_A, lora_B, ranks, scalings, ps, offsets, adapters)
     if not any(p > 0 and rank > 0 for p, rank in zip(ps, ranks, strict=True)):
         seed = None
-    elif seed is None:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    elif isinstance(seed, int):
-        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    else:
+        seed = seed_tensor(seed, x.device)
     ps = [0.0] * len(ranks) if seed is None else ps
     offsets, adapters = offsets.to(torch.int64).contiguous(), adapters.to(torch.int64).contiguous()
     return _lora_segments(x, weight, bias, lora_A, lora_B, ranks, scalings, ps, offsets, adapters, seed)[0]
 
 
 def _check(x, weight, bias, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters) -> None:
-    out_features, in_features = weight.shape
-    total = sum(ranks)
-    if min(ranks, default=0) < 0:
-        raise ValueError(f"ranks must not be negative, not {min(ranks)}")
-    if x.shape[-1] != in_features or lora_A.shape != (total, in_features) or lora_B.shape != (out_features, total):
-        raise ValueError(
-            f"shapes do not fit: x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_A {tuple(lora_A.shape)}, "
-            f"lora_B {tuple(lora_B.shape)}, ranks {ranks}"
-        )
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must have shape {(out_features,)}, not {tuple(bias.shape)}")
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        raise ValueError(f"weight and bias must have x's dtype {x.dtype}, not {weight.dtype}; cast x or use autocast")
+    check_operands(x, weight, bias, lora_A, lora_B, 0.0)
+    if any(rank < 0 for rank in ranks):
+        raise ValueError(f"ranks must not be negative, not {ranks}")
+    if lora_A.shape[0] != sum(ranks):
+        raise ValueError(f"shapes do not fit: lora_A {tuple(lora_A.shape)} must have one row a rank of {ranks}")
     if not len(ranks) == len(scalings) == len(dropout_ps):
         raise ValueError(
             f"ranks, scalings and dropout_ps must have one entry an adapter, not {len(ranks)}, {len(scalings)} and "
@@ -115,12 +102,12 @@ def _check(x, weight, bias, lora_A, lora_B, ranks, scalings, dropout_ps, offsets
             )
 
 
-def _adapter_of_row(offsets: Tensor, adapters: Tensor, rows: int) -> Tensor:
-    """int64 (rows,): each row's entry of `adapters`, -1 outside every segment."""
+def _adapter_of_row(offsets: Tensor, adapters: Tensor, count: int) -> Tensor:
+    """int64 (count,): each row's entry of `adapters`, -1 outside every segment."""
     segments = adapters.shape[0]
     if segments == 0:
-        return adapters.new_full((rows,), -1)
-    segment = torch.searchsorted(offsets, torch.arange(rows, device=offsets.device), right=True) - 1
+        return adapters.new_full((count,), -1)
+    segment = torch.searchsorted(offsets, torch.arange(count, device=offsets.device), right=True) - 1
     inside = (segment >= 0) & (segment < segments)
     return torch.where(inside, adapters[segment.clamp(0, segments - 1)], -1)
 
@@ -139,7 +126,7 @@ def _reference(x, weight, bias, lora_A, lora_B, ranks, scalings, dropout_ps, off
     lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     adapter_of_row = _adapter_of_row(offsets, adapters, x.shape[0])
     y = linear(x, weight, bias)
-    h = x.new_zeros(x.shape[0], max(ranks, default=0))
+    h = x.new_zeros(x.shape[0], padded_rank(max(ranks, default=0)))
     for adapter, rank, own in _stacked(ranks):
         mine = (adapter_of_row == adapter).unsqueeze(1)
         own_h = linear(dropout(torch.where(mine, x, 0), dropout_ps[adapter], seed), lora_A[own])
@@ -251,14 +238,14 @@ def _lora_segments(
 ) -> tuple[Tensor, Tensor]:
     implementation = _backend.select("lora_segments", x.device, x.dtype)
     y, h = implementation(
-        _rows(x).contiguous(), weight, bias, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters, seed
+        rows(x).contiguous(), weight, bias, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters, seed
     )
     return y.reshape(*x.shape[:-1], weight.shape[0]), h
 
 
 @_lora_segments.register_fake
 def _(x, weight, bias, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters, seed):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.shape[:-1].numel(), max(ranks, default=0))
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(row_count(x), padded_rank(max(ranks, default=0)))
 
 
 @torch.library.custom_op("sensilora::lora_segments_backward", mutates_args=())
@@ -279,7 +266,7 @@ def _lora_segments_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     implementation = _backend.select("lora_segments_backward", x.device, x.dtype)
     grad_x, grad_A, grad_B = implementation(
-        _rows(grad).contiguous(), _rows(x).contiguous(), h, weight, lora_A, lora_B,
+        rows(grad).contiguous(), rows(x).contiguous(), h, weight, lora_A, lora_B,
         ranks, scalings, dropout_ps, offsets, adapters, seed, need_grad_x,
     )  # fmt: skip
     return grad_x.reshape(x.shape) if need_grad_x else grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
@@ -305,11 +292,11 @@ def _backward(ctx, grad: Tensor, _grad_h):
         ctx.needs_input_grad[0],
     )  # fmt: skip
     grad_weight = grad_bias = None
-    rows = _rows(grad)
+    grad_rows = rows(grad)
     if ctx.needs_input_grad[1]:
-        grad_weight = rows.T @ _rows(x)
+        grad_weight = grad_rows.T @ rows(x)
     if ctx.needs_input_grad[2]:
-        grad_bias = rows.sum(0)
+        grad_bias = grad_rows.sum(0)
     grad_x = grad_x if ctx.needs_input_grad[0] else None
     return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None, None, None
 

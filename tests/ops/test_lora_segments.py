@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
 
 from sensilora.errors import BackendError
@@ -335,6 +337,12 @@ def test_double_backward_raises_clearly():
         grad.sum().backward()
 
 
+def test_forward_mode_raises_clearly():
+    x, *others = make(3, 5, 4, [2], torch.float32, "cpu")
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match="cannot be differentiated in forward mode"):
+        lora_segments(fwAD.make_dual(x, x), *others, [2], [1.0], *on("cpu", [0, 3], [0]))
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("ps", [[0.0, 0.0], [0.3, 0.0]])
 def test_opcheck(device, requires_grad, ps):
@@ -348,6 +356,20 @@ def test_opcheck(device, requires_grad, ps):
     for need_grad_x in (False, True):
         arguments = (grad, x, h, weight, lora_A, lora_B, ranks, [0.7, 1.2], ps, *segments, seed, need_grad_x)
         torch.library.opcheck(_lora_segments_backward, arguments)
+
+
+def test_other_numbers_of_rows_do_not_compile_again():
+    ranks, counter = [3, 1], CompileCounterWithBackend("aot_eager")
+    _, *others = make(6, 8, 5, ranks, torch.float32, "cpu")
+    function = lambda x, *segments: lora_segments(x, *others, ranks, [0.7, 1.0], *segments)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    counts = set()
+    # No two sizes of the first call are equal, or dynamo would take them for one.
+    for batch, length in ((4, 5), (6, 5), (7, 9)):
+        arguments = torch.randn(batch, length, 8), *on("cpu", [0, 2, batch * length], [1, 0])
+        assert torch.equal(compiled(*arguments), function(*arguments))
+        counts.add(counter.frame_count)
+    assert len(counts) == 1
 
 
 def test_compiles_without_graph_breaks(device):
