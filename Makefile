@@ -65,11 +65,11 @@ fuzz:
 KERNELS = lora|autocorrelation|_reduce_kernel
 sanitize:
 	$(PREPARE) --extras test
-	$(PYTHON) -m pytest -m sanitize $(ARGS)
+	$(PYTHON) -m pytest -q tests/test_sanitize.py $(ARGS)
 	mkdir -p out
 	for tool in memcheck racecheck initcheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --log-file out/$$tool.log \
-	        $(PYTHON) -m pytest -m sanitize $(ARGS) || exit 1; \
+	        $(PYTHON) -m pytest -q tests/test_sanitize.py $(ARGS) || exit 1; \
 	    tail -n 1 out/$$tool.log; \
 	    ! grep -E ' at .*($(KERNELS))' out/$$tool.log || exit 1; \
 	done

@@ -33,16 +33,26 @@ from sensilora import use_backend
 from sensilora.ops import _backend, lora_group, lora_linear, lora_segments
 from sensilora.ops._dropout import keep_mask, keep_scale
 
-# Of twenty cases, so many of each op.
-SHARES = {"lora_linear": 14, "lora_group": 3, "lora_segments": 3}
-OPS = [op for op, share in SHARES.items() for _ in range(share)]
+# Cases of a family share all that kernels are compiled for (dtypes, layouts, divisibility of sizes, backend), so that
+# compiling does not take all the time.
+FAMILY = 10
+OPS = ("lora_linear", "lora_linear", "lora_group", "lora_linear", "lora_segments", "lora_linear", "lora_linear")
 # Errors relative to the root of the summed squares of all terms, which random signs do not cancel.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2.5e-3, torch.bfloat16: 1.6e-2}
 DTYPES = {
     "cpu": [torch.float32, torch.bfloat16, torch.float64, torch.float16],
     "cuda": [torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32, torch.float64],
 }
-CHUNK = 20
+# Sizes as (first, stop, step). From 2048 rows on, a product of its own serves on some GPUs.
+ROWS = {
+    "cpu": [(0, 3, 1), (3, 64, 2), (16, 65, 16), (65, 300, 2), (64, 700, 16)],
+    "cuda": [(0, 3, 1), (3, 64, 2), (16, 65, 16), (65, 300, 2), (64, 700, 16), (2048, 2600, 16), (2049, 2600, 2)],
+}
+FEATURES = [(1, 40, 2), (8, 512, 16), (16, 513, 16), (16, 513, 16), (41, 300, 2)]
+RANKS = [
+    (0, 1, 1), (1, 2, 1), (2, 16, 1), (2, 16, 1), (16, 17, 1), (17, 32, 1), (32, 65, 16), (33, 64, 1), (65, 128, 1),
+    (80, 129, 16), (129, 512, 1), (144, 513, 16),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,56 +91,59 @@ class Problem:
 
 
 def op_of(number: int) -> str:
-    return OPS[number % len(OPS)]
+    return OPS[number // FAMILY % len(OPS)]
 
 
-def draw(op: str, number: int, seed: int, device: str) -> Problem:
-    """Case `number` of `seed`: sizes by one generator, values by another."""
+def draw(number: int, seed: int, device: str) -> Problem:
+    """Case `number` of `seed`: what its family shares, its sizes and its values, each by a generator of its own."""
+    op = op_of(number)
+    family = random.Random(f"{seed}/family {number // FAMILY}")
     rng = random.Random(f"{seed}/{number}")
     values = torch.Generator(device).manual_seed(rng.getrandbits(48))
-    dtype = rng.choice(DTYPES[device])
-    adapter_dtype = rng.choice([dtype, torch.float32])
+    dtype = family.choice(DTYPES[device])
+    adapter_dtype = family.choice([dtype, torch.float32])
+    servers = [name for name in ("triton", "native") if _backend.why_not(op, name, device, dtype) is None]
+    if device == "cpu":
+        servers = [name for name in servers if name != "triton"]  # its interpreter takes seconds
+    backend = family.choice(servers or ["torch"])
+    outputs = family.choice([2, 2, 3, 4]) if op == "lora_group" else 1
+    adapters = family.randint(1, 6) if op == "lora_segments" else outputs
+    need_grad_x = family.random() < 0.8
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return (torch.randn(*shape, generator=values, device=device) * scale).to(dtype)
 
-    def matrix(rows: int, columns: int, scale: float, dtype: torch.dtype) -> Tensor:
+    def matrix(rows: int, columns: int, scale: float, dtype: torch.dtype, layout: str) -> Tensor:
         """Contiguous, stored transposed, or every second column of a wider one."""
-        layout = rng.choice("ccts")
-        if layout == "t":
+        if layout == "transposed":
             return normal(columns, rows, scale=scale, dtype=dtype).t()
-        return (
-            normal(rows, 2 * columns, scale=scale, dtype=dtype)[:, ::2]
-            if layout == "s"
-            else normal(rows, columns, scale=scale, dtype=dtype)
-        )
+        step = 2 if layout == "sliced" else 1
+        return normal(rows, step * columns, scale=scale, dtype=dtype)[:, ::step]
 
-    rows = _rows(rng, device)
-    in_features = _features(rng)
-    x = _laid_out(rng, normal(rows, in_features))
-    outputs = rng.choice([2, 2, 3, 4]) if op == "lora_group" else 1
-    adapters = rng.randint(1, 6) if op == "lora_segments" else outputs
-    out_features = [_features(rng) for _ in range(outputs)]
-    weights = [matrix(out, in_features, in_features**-0.5, dtype) for out in out_features]
-    biases = [normal(out) if rng.random() < 0.5 else None for out in out_features]
-    ranks = [_rank(rng) for _ in range(adapters)]
-    scalings = [rng.choice([0.25, 1.0, 2.0, 0.7]) for _ in range(adapters)]
-    ps = _dropout_ps(rng, adapters)
+    def layout() -> str:
+        return family.choice(["contiguous", "contiguous", "transposed", "sliced"])
+
+    rows = rng.randrange(*family.choice(ROWS[device]))
+    in_features = rng.randrange(*family.choice(FEATURES))
+    out_features = [rng.randrange(*family.choice(FEATURES)) for _ in range(outputs)]
+    ranks = [rng.randrange(*family.choice(RANKS)) for _ in range(adapters)]
     # Segments share one stack of adapters.
     sizes = list(zip(out_features, [sum(ranks)] if op == "lora_segments" else ranks, strict=True))
-    lora_As = [matrix(rank, in_features, in_features**-0.5, adapter_dtype) for _, rank in sizes]
-    lora_Bs = [matrix(out, rank, max(rank, 1) ** -0.5, adapter_dtype) for out, rank in sizes]
+    x = _laid_out(family, normal(rows, in_features))
+    weights = [matrix(out, in_features, in_features**-0.5, dtype, layout()) for out in out_features]
+    biases = [normal(out) if family.random() < 0.5 else None for out in out_features]
+    lora_As = [matrix(rank, in_features, in_features**-0.5, adapter_dtype, layout()) for _, rank in sizes]
+    lora_Bs = [matrix(out, rank, max(rank, 1) ** -0.5, adapter_dtype, layout()) for out, rank in sizes]
+    upstreams = [_upstream(family, normal, (*x.shape[:-1], out)) for out in out_features]
+    scalings = [rng.choice([0.25, 1.0, 2.0, 0.7]) for _ in range(adapters)]
+    dropped = [family.random() < 0.5 for _ in range(adapters)]
+    ps = [rng.choice([0.05, 0.05, 0.1, 0.5, 1.0]) if drop else 0.0 for drop in dropped]
     seeds = [rng.getrandbits(63) for _ in range(1 if op == "lora_segments" else adapters)]
-    upstreams = [_upstream(rng, normal, (*x.shape[:-1], out)) for out in out_features]
-    servers = [name for name in ("triton", "native") if _backend.why_not(op, name, device, dtype) is None]
-    if device == "cpu":
-        servers = [name for name in servers if name != "triton"]  # its interpreter takes seconds
-    backend = rng.choice(servers or ["torch"])
+    key = torch.tensor(seeds, device=device)
     text = (
         f"{op} x {tuple(x.shape)} strides {x.stride()}, out {out_features}, ranks {ranks}, dropout {ps}, {dtype}, "
         f"adapters {adapter_dtype}, bias {[bias is not None for bias in biases]}, backend {backend}"
     )
-    key = torch.tensor(seeds, device=device)
 
     def lora_linear_call(x, lora_As, lora_Bs):
         return [lora_linear(x, weights[0], biases[0], lora_As[0], lora_Bs[0], scalings[0], dropout_p=ps[0], seed=key)]
@@ -162,52 +175,26 @@ def draw(op: str, number: int, seed: int, device: str) -> Problem:
     else:
         updates = [Update(i, 0, rows, i, 0, ranks[i], scalings[i], ps[i], seeds[i]) for i in range(adapters)]
         call = lora_linear_call if op == "lora_linear" else lora_group_call
-    need_grad_x = rng.random() < 0.8
     return Problem(text, backend, x, weights, biases, lora_As, lora_Bs, upstreams, updates, call, need_grad_x)
 
 
-def _rows(rng: random.Random, device: str) -> int:
-    # From 2048 rows on a product of its own serves on some GPUs.
-    largest = [(2048, 2600)] if device == "cuda" else []
-    return rng.randint(*rng.choice([(0, 2), (3, 64), (3, 64), (65, 300), (65, 300), (300, 700), *largest]))
-
-
-def _features(rng: random.Random) -> int:
-    kind = rng.randrange(4)
-    if kind == 0:
-        return rng.randint(1, 40)
-    return rng.randint(1, 300) if kind == 1 else 8 * rng.randint(1, 64)
-
-
-def _rank(rng: random.Random) -> int:
-    return rng.randint(*rng.choice([(0, 1), (1, 16), (1, 16), (16, 32), (33, 64), (65, 128), (129, 512)]))
-
-
-def _dropout_ps(rng: random.Random, count: int) -> list[float]:
-    if rng.random() < 0.4:
-        return [0.0] * count
-    return [rng.choice([0.0, 0.05, 0.05, 0.1, 0.5, 1.0]) for _ in range(count)]
-
-
-def _laid_out(rng: random.Random, x: Tensor) -> Tensor:
+def _laid_out(family: random.Random, x: Tensor) -> Tensor:
     """x (rows, in_features) as it is, or in three dimensions, or behind strides."""
-    layout = rng.choice("ccc3ts")
+    layout = family.choice(["plain", "plain", "plain", "3d", "transposed", "sliced"])
     rows, in_features = x.shape
-    if layout == "3" and rows % 2 == 0:
-        return x.view(2, rows // 2, in_features)
-    if layout == "t":
+    if layout == "3d":
+        return x.view(1, rows, in_features) if rows % 2 else x.view(2, rows // 2, in_features)
+    if layout == "transposed":
         return x.t().contiguous().t()
-    if layout == "s":
-        return x.repeat_interleave(2, dim=1)[:, ::2]
-    return x
+    return x.repeat_interleave(2, dim=1)[:, ::2] if layout == "sliced" else x
 
 
-def _upstream(rng: random.Random, normal: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+def _upstream(family: random.Random, normal: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
     """Contiguous, one number everywhere with strides of zero (the gradient of a sum), or stored transposed."""
-    layout = rng.choice("cc0t")
-    if layout == "0":
+    layout = family.choice(["plain", "plain", "sum", "transposed"])
+    if layout == "sum":
         return normal(1).expand(shape)
-    if layout == "t":
+    if layout == "transposed":
         return normal(*reversed(shape)).permute(*reversed(range(len(shape))))
     return normal(*shape)
 
@@ -264,7 +251,7 @@ def check(number: int, seed: int, device: str) -> tuple[str, list[float]]:
 
     A result that does not repeat bit for bit counts as an infinite error.
     """
-    problem = draw(op_of(number), number, seed, device)
+    problem = draw(number, seed, device)
     inputs = (problem.x, *problem.lora_As, *problem.lora_Bs)
     with use_backend(problem.backend):
         got = results(problem, problem.call, inputs, problem.upstreams)
@@ -304,7 +291,7 @@ def check_chunk(numbers: Sequence[int], seed: int, device: str) -> list[tuple[in
 
 def run(cases: int, seed: int, device: str, workers: int, seconds: float) -> tuple[list[int], list[tuple[int, str]]]:
     """Check cases 0 to `cases` - 1 until the time is up. Returns the numbers checked and the failures."""
-    chunks = [range(first, min(first + CHUNK, cases)) for first in range(0, cases, CHUNK)]
+    chunks = [range(first, min(first + FAMILY, cases)) for first in range(0, cases, FAMILY)]
     end = time.monotonic() + seconds
     done: list[int] = []
     failures: list[tuple[int, str]] = []
@@ -339,7 +326,7 @@ def rows(done: Sequence[int], failures: Sequence[tuple[int, str]], seed: int) ->
             "failures": sum(op_of(number) == op for number, _ in failures),
             "seeds": [seed],
         }
-        for op in SHARES
+        for op in sorted(set(OPS))
     }
 
 
@@ -350,13 +337,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="check this case only")
     parser.add_argument("--seconds", type=float, default=110.0, help="start no more cases after this time")
-    parser.add_argument("--workers", type=int, help="processes; default 1 on a CPU, half the cores on a GPU")
+    parser.add_argument("--workers", type=int, help="processes; default 1 on a CPU, all cores but two on a GPU")
     options = parser.parse_args(arguments)
     if options.case is not None:
         torch.use_deterministic_algorithms(True)
         print(*check(options.case, options.seed, options.device), sep="\n")
         return 0
-    workers = options.workers or (max(1, (os.cpu_count() or 2) // 2) if options.device == "cuda" else 1)
+    workers = options.workers or (max(1, (os.cpu_count() or 2) - 2) if options.device == "cuda" else 1)
     done, failures = run(options.cases, options.seed, options.device, workers, options.seconds)
     for number, text in sorted(failures):
         print(f"case {number}: {text}\n    again: python -m benchmarks.fuzz --seed {options.seed} --case {number}")

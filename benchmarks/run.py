@@ -105,7 +105,7 @@ def line(name: str, row: dict[str, Any]) -> str:
     peers = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in row["peers"].items())
     text = (
         f"{name:48} {row['ours_ms']:9.4f} {row['baseline_ms']:9.4f} {row['ratio']:6.3f} "
-        f"{row.get('floor_ms', float('nan')):8.4f} {row['error']:8.1e}  {peers}"
+        f"{format(row['floor_ms'], '8.4f') if 'floor_ms' in row else '':8} {row['error']:8.1e}  {peers}"
     )
     if "peak_gib" in row:
         text += "\n    peak GiB: " + ", ".join(f"{arm} {gib:.1f}" for arm, gib in row["peak_gib"].items())

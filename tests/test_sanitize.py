@@ -1,0 +1,135 @@
+"""Small cases of every GPU kernel, for compute-sanitizer (``make sanitize``); right results are checked as well.
+
+The oracle runs on the CPU, so that nothing but the op itself is slowed down by the sanitizer.
+"""
+
+import pytest
+import torch
+
+from sensilora.ops import _backend, autocorrelation_diag, lora_group, lora_linear, lora_segments, use_backend
+from tests.tolerances import RELATIVE, relative_error
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
+DEVICE = "cuda"
+
+# Odd sizes leave tails in every tile. From 2048 rows on a persistent product serves on some GPUs.
+SMALL, LARGE = (70, 43, 57), (2177, 72, 136)
+
+
+def results(call, tensors, upstreams):
+    """Outputs and gradients of `call`, which takes x, the A's and the B's."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    outputs = call(*leaves)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    return [*outputs, *torch.autograd.grad(outputs, leaves, upstreams)]
+
+
+def check(backend, dtype, call, tensors, upstreams):
+    """Compare `call(dtype, device)`, a function of x, A's and B's, with itself in fp64 in plain torch."""
+    for op in (call.op, f"{call.op}_backward"):
+        reason = _backend.why_not(op, backend, DEVICE, dtype)
+        if reason is not None:
+            pytest.skip(reason)
+    tensors, upstreams = ([tensor.to(dtype) for tensor in part] for part in (tensors, upstreams))
+    with use_backend(backend):
+        got = results(
+            call(dtype, DEVICE), [t.to(DEVICE) for t in tensors], [upstream.to(DEVICE) for upstream in upstreams]
+        )
+    with use_backend("torch"):
+        wanted = results(
+            call(torch.float64, "cpu"), [t.double() for t in tensors], [upstream.double() for upstream in upstreams]
+        )
+    for value, reference in zip(got, wanted, strict=True):
+        assert relative_error(value, reference) <= 4 * RELATIVE[dtype]
+
+
+def matrices(sizes, ranks, outs):
+    """x, weights, A's, B's and upstream gradients on the CPU in fp32."""
+    rows, in_features = sizes
+    x = torch.randn(rows, in_features)
+    weights = [torch.randn(out, in_features) / in_features**0.5 for out in outs]
+    lora_As = [torch.randn(rank, in_features) / in_features**0.5 for rank in ranks]
+    lora_Bs = [torch.randn(out, rank) for out, rank in zip(outs, ranks, strict=True)]
+    return x, weights, lora_As, lora_Bs, [torch.randn(rows, out) for out in outs]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "sizes", "rank"),
+    [
+        ("triton", torch.float32, SMALL, 5),
+        ("triton", torch.bfloat16, SMALL, 5),
+        ("triton", torch.bfloat16, SMALL, 33),
+        ("triton", torch.bfloat16, SMALL, 130),
+        ("triton", torch.bfloat16, LARGE, 5),
+        ("triton", torch.bfloat16, LARGE, 33),
+        ("native", torch.float32, SMALL, 5),
+        ("native", torch.bfloat16, SMALL, 33),
+        ("native", torch.bfloat16, SMALL, 130),
+    ],
+)
+def test_lora_linear(backend, dtype, sizes, rank, p):
+    x, weights, lora_As, lora_Bs, upstreams = matrices(sizes[:2], [rank], [sizes[2]])
+    weight, bias = weights[0].to(dtype), torch.randn(sizes[2]).to(dtype)
+
+    def call(dtype, device):
+        frozen = weight.to(device, dtype), bias.to(device, dtype)
+        return lambda x, a, b: lora_linear(x, *frozen, a, b, 0.7, dropout_p=p, seed=3)
+
+    call.op = "lora_linear"
+    check(backend, dtype, call, [x, *lora_As, *lora_Bs], upstreams)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("sizes", [SMALL, LARGE])
+def test_lora_group(sizes, p):
+    ranks, outs = [3, 20, 1], [sizes[2], 2 * sizes[2], sizes[2]]
+    x, weights, lora_As, lora_Bs, upstreams = matrices(sizes[:2], ranks, outs)
+    weights = [weight.bfloat16() for weight in weights]
+
+    def call(dtype, device):
+        frozen = [weight.to(device, dtype) for weight in weights]
+        seeds = torch.tensor([3, 4, 5], device=device)
+
+        def group(x, *adapters):
+            return lora_group(
+                x, frozen, [None] * 3, adapters[:3], adapters[3:], [0.7, 1.0, 2.0], dropout_ps=p, seeds=seeds
+            )
+
+        return group
+
+    call.op = "lora_group"
+    check("triton", torch.bfloat16, call, [x, *lora_As, *lora_Bs], upstreams)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_segments(dtype, p):
+    ranks = [3, 20, 7]
+    x, weights, lora_As, lora_Bs, upstreams = matrices(SMALL[:2], [sum(ranks)], [SMALL[2]])
+    weight = weights[0].to(dtype)
+
+    def call(dtype, device):
+        offsets, adapters = (
+            torch.tensor([2, 3, 40, 40, 61], device=device),
+            torch.tensor([2, 0, 1, -1], device=device),
+        )
+
+        def segments(x, a, b):
+            return lora_segments(
+                x, weight.to(device, dtype), None, a, b, ranks, [0.7, 1.0, 2.0], offsets, adapters,
+                dropout_ps=[p, 0.0, p], seed=3,
+            )  # fmt: skip
+
+        return segments
+
+    call.op = "lora_segments"
+    check("triton", dtype, call, [x, *lora_As, *lora_Bs], upstreams)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocorrelation_diag(dtype):
+    x = torch.randn(301, 77).to(dtype)
+    with use_backend("triton"):
+        got = autocorrelation_diag(x.to(DEVICE))
+    assert relative_error(got, x.double().square().sum(0)) <= 1e-5
