@@ -92,7 +92,8 @@ std::vector<Adapter> adapters_in_use(const Tensor& x, const Tensor& weight, cons
 
 // x (T, in), weight (out, in), bias (out,), lora_A (sum of ranks, in), lora_B (out, sum of ranks), one dtype; rows
 // offsets[i] to offsets[i + 1] take adapter adapters[i], int64, and a number that is none takes the base layer alone.
-// Gives y (T, out) and h (T, largest rank), of which a row holds drop(x) A^T in as many columns as its adapter's rank.
+// Gives y (T, out) and h (T, largest rank rounded up to a multiple of 16), of which a row holds drop(x) A^T in as many
+// columns as its adapter's rank.
 std::tuple<Tensor, Tensor> lora_segments(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                                          const Tensor& lora_A, const Tensor& lora_B, std::vector<int64_t> ranks,
                                          std::vector<double> scalings, std::vector<double> dropout_ps,
@@ -102,8 +103,9 @@ std::tuple<Tensor, Tensor> lora_segments(const Tensor& x, const Tensor& weight, 
       adapters_in_use(x, weight, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters);
   const int64_t out = weight.size(0), key = seed_value(seed);
   const int64_t max_rank = ranks.empty() ? 0 : *std::max_element(ranks.begin(), ranks.end());
+  const int64_t h_columns = ceil_div(max_rank, 16) * 16;  // as every backend, aligned for kernels
   Tensor y = torch::stable::new_empty(x, {x.size(0), out});
-  Tensor h = torch::stable::new_empty(x, {x.size(0), max_rank});
+  Tensor h = torch::stable::new_empty(x, {x.size(0), h_columns});
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out, "bias must have shape (", out, ",)");
     addmm_into(y, *bias, x, transposed(weight), 1.0, 1.0);

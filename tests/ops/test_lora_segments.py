@@ -346,13 +346,13 @@ def test_forward_mode_raises_clearly():
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("ps", [[0.0, 0.0], [0.3, 0.0]])
 def test_opcheck(device, requires_grad, ps):
-    # Equal ranks and no base rows: opcheck compares all of h, whose columns beyond a row's rank are undefined.
-    ranks, segments = [2, 2], on(device, [0, 1, 4, 6], [1, 0, 1])
+    # Full ranks and no base rows: opcheck compares all of h, whose columns beyond a row's rank are undefined.
+    ranks, segments = [16, 16], on(device, [0, 1, 4, 6], [1, 0, 1])
     tensors = [tensor.requires_grad_(requires_grad) for tensor in make(6, 6, 4, ranks, torch.float32, device)]
     seed = torch.tensor([3], device=device) if any(ps) else None
     torch.library.opcheck(_lora_segments, (*tensors, ranks, [0.7, 1.2], ps, *segments, seed))
     x, weight, _, lora_A, lora_B = (tensor.detach() for tensor in tensors)
-    h, grad = torch.randn(6, 2, device=device), torch.randn(6, 4, device=device)
+    h, grad = torch.randn(6, 16, device=device), torch.randn(6, 4, device=device)
     for need_grad_x in (False, True):
         arguments = (grad, x, h, weight, lora_A, lora_B, ranks, [0.7, 1.2], ps, *segments, seed, need_grad_x)
         torch.library.opcheck(_lora_segments_backward, arguments)
