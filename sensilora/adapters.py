@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sensilora import _files
+from sensilora.allocation import TIE_PRESETS
 from sensilora.errors import AdapterError, PlanError
-from sensilora.nn import LoRAAdapter, MultiLoRALinear, VarRankLoRALinear
+from sensilora.nn import LoRAAdapter, MultiLoRALinear, SharedInput, VarRankLoRALinear
 from sensilora.plan import RankPlan
 from sensilora.sensitivity.head import untrained_head
 from sensilora.targets import fingerprint, is_conv1d, is_matrix, matrix_shape, model_id
@@ -61,6 +62,7 @@ def inject(
     adapter_dtype: torch.dtype | None = None,
     modules_to_save: Iterable[str] = (),
     strict: bool = True,
+    groups: bool = True,
 ) -> Model:
     """Replace every matrix the plan gives a rank by a `VarRankLoRALinear` of that rank, in place.
 
@@ -74,6 +76,9 @@ def inject(
             with the adapter, such as ``["classifier"]``.
         strict: check the model's fingerprint too. False accepts a model whose other weights differ, such as one with
             a resized vocabulary; names and shapes of the planned matrices are checked in any case.
+        groups: compute projections that read one input together (query, key, value; gate, up; told by their usual
+            names), whatever their ranks, by `sensilora.ops.lora_group`. Modules, parameters and files are the same
+            either way; layers that turn out to read different inputs go on alone.
 
     Returns:
         `model` itself.
@@ -109,7 +114,7 @@ def inject(
         for name, rank in plan.ranks.items()
         if rank > 0
     }
-    return _install(model, layers, saved)
+    return _install(model, layers, saved, groups)
 
 
 def check_plan(plan: RankPlan, model: nn.Module, modules: dict[str, nn.Module], *, strict: bool) -> None:
@@ -152,7 +157,7 @@ def _is_suffix(suffix: str, name: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
-def _install(model: Model, layers: dict[str, VarRankLoRALinear], saved: list[str]) -> Model:
+def _install(model: Model, layers: dict[str, VarRankLoRALinear], saved: list[str], groups: bool) -> Model:
     model.requires_grad_(False)
     replace_modules(model, {id(layer.base_layer): layer for layer in layers.values()})
     for layer in layers.values():
@@ -160,9 +165,32 @@ def _install(model: Model, layers: dict[str, VarRankLoRALinear], saved: list[str
         layer.lora_B.requires_grad_(True)
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
+    if groups:
+        _share_inputs(model)
     # Remembered on the model because requires_grad may be changed before it is saved.
     model.__dict__["_sensilora_modules_to_save"] = tuple(saved)
     return model
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Let the adapter layers that read one input in models of the usual families compute together."""
+    for parent in list(model.modules()):
+        for kind, families in TIE_PRESETS.items():
+            for names in families:
+                children = [parent._modules.get(name) for name in names]
+                layers = [child for child in children if isinstance(child, VarRankLoRALinear)]
+                # An encoder of another width may feed key and value.
+                width = layers[-1].in_features if layers else 0
+                layers = [layer for layer in layers if layer.in_features == width]
+                if len(layers) > 1:
+                    SharedInput(parent, layers, has_query=kind == "qkv" and layers[0] is children[0])
+
+
+def shared_inputs(model: nn.Module) -> list[SharedInput]:
+    """The groups of adapter layers that compute together."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, SharedInput)]
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
@@ -212,6 +240,8 @@ def unload(model: Model) -> Model:
         AdapterError: the model carries no adapter.
     """
     layers = _adapted(model) or list(_required_layers(model).values())
+    for shared_input in shared_inputs(model):
+        shared_input.remove()
     replace_modules(model, {id(layer): layer.base_layer for layer in layers})
     return model
 
@@ -321,7 +351,9 @@ def _model_card(model: nn.Module, layers: Layers) -> str:
     )
 
 
-def load_adapter(model: Model, folder: str | os.PathLike[str], *, dropout: float | None = None) -> Model:
+def load_adapter(
+    model: Model, folder: str | os.PathLike[str], *, dropout: float | None = None, groups: bool = True
+) -> Model:
     """Put a saved LoRA adapter (this package's or PEFT's own) into a plain model, in place.
 
     Everything is read and checked before the model is touched.
@@ -330,6 +362,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, dropout: float
         model: the base model, without adapters.
         folder: holds adapter_config.json and adapter_model.safetensors.
         dropout: dropout of the adapters when trained further; None takes the file's ``lora_dropout``.
+        groups: see `inject`.
 
     Returns:
         `model`, its adapters and the file's modules_to_save requiring gradients, all else frozen.
@@ -368,7 +401,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, dropout: float
     with torch.no_grad():
         for name, tensor in plain.items():
             parameters[name].copy_(tensor)
-    return _install(model, layers, saved)
+    return _install(model, layers, saved, groups)
 
 
 def read_adapter(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sensilora.errors import AdapterError, RankError
-from sensilora.ops import lora_linear, lora_segments
+from sensilora.ops import lora_group, lora_linear, lora_segments
+from sensilora.ops._lora import draw_seeds
 from sensilora.targets import is_conv1d, is_matrix, matrix_shape
 
 INITS = ("kaiming", "gaussian")
@@ -90,9 +93,18 @@ class VarRankLoRALinear(nn.Module):
         _draw(self.lora_A, self.init)
         nn.init.zeros_(self.lora_B)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether forward adds an update to the base layer: not if it is merged, or the rank is 0."""
+        return not self.merged and self.rank > 0
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        if self.merged or self.rank == 0:
+        for call in _calls_at(x):
+            y = call.output(self, x)
+            if y is not None:
+                return y
+        if not self.adapts:
             return self.base_layer(x)
         weight = self.weight.t() if is_conv1d(self.base_layer) else self.weight
         dropout_p = self.dropout if self.training else 0.0
@@ -225,6 +237,218 @@ def _truncated(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tenso
     kept = int((singular[:rank] > singular[0] * 1e-12).sum())
     root = singular[:kept].sqrt()
     return root[:, None] * (right[:kept] @ basis_A.T), (basis_B @ left[:, :kept]) * root
+
+
+def _joint(layers: Sequence[VarRankLoRALinear], x: Tensor, *, shared_dropout_mask: bool) -> tuple[Tensor, ...] | None:
+    """Every layer's output from one `lora_group` call; None where each must be called for itself."""
+    weight, ps = layers[0].weight, [layer.dropout if layer.training else 0.0 for layer in layers]
+    shared_dropout_mask = shared_dropout_mask and max(ps) > 0.0
+    if len(layers) < 2 or (shared_dropout_mask and len(set(ps)) > 1):
+        return None
+    for layer in layers:
+        # Wrappers (sharding, offloading, parametrisation) make weights ready in a pre-hook or in a forward of their
+        # own, and backward hooks want an input of their own.
+        if (
+            type(layer) is not VarRankLoRALinear
+            or "forward" in layer.__dict__
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or not layer.adapts
+            or layer.in_features != layers[0].in_features
+            or layer.weight.dtype != weight.dtype
+            or layer.weight.device != x.device
+            or layer.lora_A.device != x.device
+        ):
+            return None
+    return lora_group(
+        x,
+        [layer.weight.t() if is_conv1d(layer.base_layer) else layer.weight for layer in layers],
+        [layer.bias for layer in layers],
+        [layer.lora_A for layer in layers],
+        [layer.lora_B for layer in layers],
+        [layer.scaling for layer in layers],
+        dropout_ps=ps,
+        seeds=draw_seeds(1, x.device) if shared_dropout_mask else None,
+    )
+
+
+class VarRankLoRAGroup(nn.Module):
+    """Adapter layers of any ranks that read the same input, computed together.
+
+    Gives what the layers give one by one, in fewer passes over the input and with one gradient of it. Layers without
+    an adapter (merged, or of rank 0) are served by their base. Where the rest cannot be computed together (they
+    differ in dtype, device or in_features, or carry hooks), each is called for itself. A model's own q, k, v or gate,
+    up need no such module: see `sensilora.inject`.
+
+    Args:
+        layers: one or more `VarRankLoRALinear`. Kept as ``layers``.
+        shared_dropout_mask: draw one dropout mask for all layers instead of one for each (PEFT's way). Layers must
+            then have one dropout probability to be computed together.
+
+    Raises:
+        AdapterError: there is no layer, or one is of another kind.
+    """
+
+    def __init__(self, layers: Iterable[VarRankLoRALinear], *, shared_dropout_mask: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        if not self.layers or not all(isinstance(layer, VarRankLoRALinear) for layer in self.layers):
+            raise AdapterError("a group needs one or more VarRankLoRALinear layers")
+        self.shared_dropout_mask = shared_dropout_mask
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., in_features) to (..., out_features_i) for every layer i."""
+        layers: list[Any] = list(self.layers)
+        adapted = [i for i, layer in enumerate(layers) if layer.adapts and not layer._forward_hooks]
+        together = None
+        if len(adapted) > 1:
+            together = _joint([layers[i] for i in adapted], x, shared_dropout_mask=self.shared_dropout_mask)
+        if together is None:
+            return tuple(layer(x) for layer in layers)
+        return tuple(together[adapted.index(i)] if i in adapted else layer(x) for i, layer in enumerate(layers))
+
+    def extra_repr(self) -> str:
+        """Shown between the parentheses of ``print(model)``."""
+        return f"shared_dropout_mask={self.shared_dropout_mask}"
+
+
+class SharedInput:
+    """Layers of one module that read one input, computed together when the first of them is called.
+
+    The module tree is left as it is. Two hooks mark the tensor that the parent module is called with for as long as
+    its forward runs. The first layer called with the marked tensor computes all of them; the others find their
+    outputs at the mark, each once. Nothing outlives the parent's call. Where outputs are left over, the layers read
+    different inputs: those that took theirs, or the rest if they are more, stay together, for good.
+
+    Args:
+        parent: the module whose forward calls the layers.
+        layers: two or three with the same in_features.
+        has_query: whether the first is an attention's query, which reads another input in cross-attention.
+
+    Attributes:
+        together: positions of the layers that are computed together; fewer than two mean that none are.
+    """
+
+    def __init__(self, parent: nn.Module, layers: Sequence[VarRankLoRALinear], *, has_query: bool) -> None:
+        self.layers = tuple(layers)
+        self.has_query = has_query
+        self.together = tuple(range(len(layers)))
+        self._hooks = (
+            parent.register_forward_pre_hook(self._open, with_kwargs=True),
+            parent.register_forward_hook(self._close, with_kwargs=True, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Let every layer compute for itself again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _open(
+        self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        inputs, together = self._inputs((*args, *kwargs.values())), self.together
+        # Told from this call's arguments, not learned from calls before: a checkpoint's replay must be told the same.
+        if self.has_query and len(inputs) > 1:
+            inputs, together = inputs[1:], tuple(i for i in together if i != 0)
+        if not inputs or len(together) < 2:
+            return None
+        x = inputs[0]
+        # torch.compile can mark what is made here, but not what a checkpointed region was called with.
+        marked = x.view_as(x) if torch.compiler.is_compiling() else x
+        _mark(marked, (*_calls_at(x), _SharedCall(self, together)))
+        if marked is x:
+            return None
+        return tuple(marked if a is x else a for a in args), {k: marked if a is x else a for k, a in kwargs.items()}
+
+    def _inputs(self, arguments: tuple[Any, ...]) -> list[Any]:
+        """The tensors among a call's arguments that the layers could read."""
+        features = (self.layers[0].in_features,)
+        found: list[Any] = []
+        for argument in arguments:
+            if (
+                not isinstance(argument, Tensor)
+                or argument.shape[-1:] != features
+                or not argument.is_floating_point()
+            ):
+                continue
+            # Not the same one again, nor a mask that happens to be as long.
+            if all(argument is not other and argument.dim() == other.dim() for other in found):
+                found.append(argument)
+        return found
+
+    def _close(self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for argument in (*args, *kwargs.values()):
+            for call in _calls_at(argument):
+                if call.owner is self:
+                    _mark(argument, tuple(other for other in _calls_at(argument) if other is not call))
+                    # After an exception there is no output, and a layer that was not called says nothing.
+                    if call.in_vain() and output is not None and not self._may_be_replayed():
+                        rest = tuple(i for i in self.together if i not in call.served)
+                        self.together = max(call.served, rest, key=len)
+
+    def _may_be_replayed(self) -> bool:
+        """Whether a checkpoint may run this call again, or does: it must find what the first run found."""
+        return (
+            torch.compiler.is_compiling()
+            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+            or torch._C._current_graph_task_id() != -1
+            or (not torch.is_grad_enabled() and any(layer.training for layer in self.layers))
+        )
+
+
+class _SharedCall:
+    """The mark on a tensor: outputs of a `SharedInput`'s layers for it that were not asked for yet."""
+
+    def __init__(self, owner: SharedInput, together: tuple[int, ...]) -> None:
+        self.owner = owner
+        self.together = together
+        self.served: tuple[int, ...] = ()
+        self._ahead: dict[int, Tensor] = {}
+        self._state: tuple[Any, ...] = ()
+
+    def in_vain(self) -> bool:
+        """Whether outputs were computed that nobody took."""
+        return len(self._ahead) > 0
+
+    def output(self, layer: VarRankLoRALinear, x: Tensor) -> Tensor | None:
+        """What `layer` gives for `x`, the marked tensor, or None if it must compute that itself."""
+        # By identity: a replica of the layer may be called with a marked tensor too.
+        position = next((i for i in self.together if self.owner.layers[i] is layer), None)
+        if position is None or not layer.adapts:
+            return None
+        if not self._ahead:
+            adapted = [i for i in self.together if self.owner.layers[i].adapts]
+            outputs = _joint([self.owner.layers[i] for i in adapted], x, shared_dropout_mask=False)
+            if outputs is None:
+                return None
+            self._ahead, self._state, self.served = dict(zip(adapted, outputs, strict=True)), _state(x), ()
+        if position not in self._ahead or self._state != _state(x):
+            return None
+        self.served = (*self.served, position)
+        return self._ahead.pop(position)
+
+
+def _mark(x: Any, calls: tuple[_SharedCall, ...]) -> None:
+    if calls or torch.compiler.is_compiling():
+        x._shared_calls = calls
+    else:
+        del x._shared_calls
+
+
+def _calls_at(x: Any) -> tuple[_SharedCall, ...]:
+    return getattr(x, "_shared_calls", ()) if isinstance(x, Tensor) else ()
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """What must be as it was for a layer's output on `x` to be as it was, while the parent runs."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    # torch.compile knows neither threads nor versions, and turns changes in place into new tensors.
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled(), autocast
+    # Inference tensors have no version.
+    return torch.is_grad_enabled(), autocast, threading.get_ident(), None if x.is_inference() else x._version
 
 
 #: The name that stands for no adapter, as in PEFT's ``adapter_names``.
