@@ -66,6 +66,8 @@ inline Matrix as_matrix(const Tensor& tensor, const char* name) {
   return {usable, tensor.size(0), tensor.size(1), stride};
 }
 
+inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
 inline void check_out(const Tensor& out) {
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float || out.scalar_type() == ScalarType::Double,
                   "out must be float32 or float64");

@@ -41,23 +41,24 @@ void drop_rows(const Matrix& x, const Tensor& out, uint32_t threshold, int64_t s
   });
 }
 
-// x (rows, columns), p in [0, 1] -> a new tensor of x's shape and dtype.
-Tensor dropout(const Tensor& x, double p, int64_t seed) {
+// x (rows, columns), p in [0, 1], seed an int64 tensor of one element -> a new tensor of x's shape and dtype.
+Tensor dropout(const Tensor& x, double p, const Tensor& seed) {
   const NoGrad guard;
-  check_dropout(p);
+  const int64_t* key = seed_pointer(seed, p, x);
   const Matrix matrix = as_matrix(x, "x");
   Tensor out = torch::stable::new_empty(x, {matrix.rows, matrix.columns});
-  drop_rows<false>(matrix, out, dropout_threshold(p), seed, 0);
+  drop_rows<false>(matrix, out, dropout_threshold(p), key == nullptr ? 0 : *key, 0);
   return out;
 }
 
 }  // namespace
 
-void check_dropout(double p) { STD_TORCH_CHECK(p >= 0 && p <= 1, "the dropout probability must be in [0, 1], not ", p); }
-
-bool drops_any(double p) { return dropout_threshold(p) > 0; }
-
-Tensor dropped(const Tensor& x, double p, int64_t seed) { return drops_any(p) ? dropout(x, p, seed) : x; }
+Tensor dropped(const Tensor& x, double p, int64_t seed) {
+  if (!drops_any(p)) return x;
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  drop_into(out, x, p, seed);
+  return out;
+}
 
 void drop_into(const Tensor& out, const Tensor& x, double p, int64_t seed, int64_t first_row) {
   drop_rows<false>(as_matrix(x, "x"), out, dropout_threshold(p), seed, first_row);

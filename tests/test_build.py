@@ -113,6 +113,36 @@ def test_wheel_holds_every_module_and_data_file(tmp_path):
     assert not [name for name in packed if name.startswith(("tests/", "kernels/", "csrc/", "benchmarks/"))]
 
 
+def cuda_toolkit() -> Path | None:
+    """A folder with bin/nvcc and headers; a wrapper of nvcc elsewhere on PATH does not tell where those are."""
+    roots = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+    for root in map(Path, filter(None, roots)):
+        if (root / "bin" / "nvcc").is_file() and (root / "include" / "cuda_runtime.h").is_file():
+            return root
+    return None
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "csrc").glob("*.cu")))
+def test_cuda_sources_compile_without_spilling_registers(tmp_path, name):
+    """Against the headers of whatever torch is installed, for an A100 and an H100, with the flags torch adds."""
+    toolkit = cuda_toolkit()
+    if toolkit is None:
+        pytest.skip("no CUDA toolkit with nvcc and headers")
+    from torch.utils import cpp_extension
+
+    flags = ["-std=c++17", "-O3", "--threads=2", "--compiler-options=-fPIC", "-Xptxas=-v"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DSENSILORA_WITH_CUDA=1"]
+    flags += [*cpp_extension.COMMON_NVCC_FLAGS, *(f"-I{folder}" for folder in cpp_extension.include_paths("cpu"))]
+    flags += [f"--generate-code=arch=compute_{number},code=sm_{number}" for number in (80, 90)]
+    command = [toolkit / "bin" / "nvcc", "-c", ROOT / "csrc" / name, "-o", tmp_path / "object.o", *flags]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = re.findall(r"properties for (\w+)\n.* (\d+) bytes spill stores", run.stderr)
+    assert report
+    # Few enough to lie outside of loops.
+    assert not [(kernel, int(count)) for kernel, count in report if int(count) > 32]
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"), [("fast", "use none, cpp or cuda"), ("cuda", "SENSILORA_BUILD=cuda: ")]
 )

@@ -74,6 +74,45 @@ def test_forward_and_backward_match_oracle(on_backend, device, dtype, p, sizes):
         assert relative_error(value, reference) <= 4 * RELATIVE[dtype], name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 40, 24, 1), (63, 77, 97, 15), (129, 264, 136, 17), (64, 128, 600, 16), (65, 203, 129, 47),
+        (66, 600, 72, 64), (65, 72, 129, 100), (40, 96, 67, 200), (33, 136, 64, 512),
+    ],
+)  # fmt: skip
+def test_every_rank_and_size(on_backend, device, dtype, p, sizes):
+    tensors = make(sizes, dtype, device, adapter_dtype=torch.float32)
+    upstream = torch.randn(sizes[0], sizes[2])
+    # The oracle takes what the op works on: adapters rounded to x's dtype.
+    rounded = [*tensors[:3], *(tensor.to(dtype) for tensor in tensors[3:])]
+    expected = oracle(rounded, upstream.to(dtype), 0.7, p, seed=9)
+    with on_backend(OP, dtype):
+        got = results(lambda *t: lora_linear(*t, 0.7, dropout_p=p, seed=9), tensors, upstream)
+    for name, value, reference in zip(NAMES, got, expected, strict=True):
+        assert relative_error(value, reference) <= 4 * RELATIVE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_unaligned_inputs(on_backend, device, dtype, p):
+    def unaligned(tensor):
+        """The same numbers one element behind a 16-byte boundary, in a contiguous tensor."""
+        return torch.cat([tensor.new_full((1,), float("nan")), tensor.flatten()])[1:].view(tensor.shape)
+
+    x, *others = (unaligned(tensor) for tensor in make((70, 128, 72, 16), dtype, device))
+    upstream = unaligned(torch.randn(70, 72).to(device, dtype))
+    expected = oracle([x, *others], upstream, 0.7, p, seed=9)
+    leaves = [tensor.requires_grad_() for tensor in (x, *others[2:])]
+    with on_backend(OP, dtype):
+        y = lora_linear(x, *others, 0.7, dropout_p=p, seed=9)
+        got = y, *torch.autograd.grad(y, leaves, upstream)
+    for name, value, reference in zip(NAMES, got, expected, strict=True):
+        assert relative_error(value, reference) <= 4 * RELATIVE[dtype], name
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_rank_zero_is_the_base_layer(on_backend, device, bias):
     tensors = make((4, 6, 5, 0), torch.float32, device, bias=bias)
@@ -137,9 +176,10 @@ def test_saved_inputs_are_not_written(on_backend, device):
     assert all(torch.equal(*pair) for pair in zip(tensors, before, strict=True))
 
 
-def test_deterministic(on_backend, device):
-    tensors = make((65, 40, 24, 7), torch.float32, device)
-    with on_backend(OP, torch.float32):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_deterministic(on_backend, device, dtype):
+    tensors = make((65, 40, 24, 7), dtype, device)
+    with on_backend(OP, dtype):
         runs = [
             results(lambda *t: lora_linear(*t, 1.0, dropout_p=0.3, seed=9), tensors, torch.ones(65, 24))
             for _ in range(2)
@@ -205,6 +245,48 @@ def test_checkpointing_replays_the_mask():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "native"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cuda_graph_replays_with_new_inputs_and_seed(name, dtype):
+    x, weight, bias, lora_A, lora_B = make((70, 64, 48, 5), dtype, "cuda", adapter_dtype=torch.float32)
+    grad, seed = torch.randn(70, 48, device="cuda", dtype=dtype), torch.tensor([1], device="cuda")
+
+    def run():
+        y, h = _lora_linear(x, weight, bias, lora_A, lora_B, 0.7, 0.3, seed)
+        return y, *_lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.7, 0.3, seed, True)
+
+    with use_backend(name):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()  # compiles kernels and makes cuBLAS's workspace
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        for key in (2, 3):
+            seed.fill_(key)
+            x.copy_(torch.randn(70, 64))
+            graph.replay()
+            assert all(torch.equal(*pair) for pair in zip(captured, run(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_second_gpu(name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    tensors = make((70, 64, 48, 5), torch.bfloat16, "cuda:1")
+    upstream = torch.randn(70, 48)
+    expected = oracle(tensors, upstream.bfloat16(), 0.7, 0.3, seed=3)
+    with use_backend(name):
+        got = results(lambda *t: lora_linear(*t, 0.7, dropout_p=0.3, seed=3), tensors, upstream)
+    for value, reference in zip(got, expected, strict=True):
+        assert value.device == torch.device("cuda:1")
+        assert relative_error(value, reference) <= 4 * RELATIVE[torch.bfloat16]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("conv1d", [False, True])
@@ -228,7 +310,7 @@ def test_triton_product_with_the_update_in_its_accumulator(dtype, p, conv1d, siz
 
 @pytest.mark.parametrize("threshold", [0, 3277])
 @pytest.mark.parametrize("sizes", [(130, 64, 48, 33), (70, 40, 24, 5), (300, 72, 136, 130)])
-def test_triton_gradient_passes_read_nothing_outside_their_inputs(device, sizes, threshold):
+def test_triton_skinny_passes_read_nothing_outside_their_inputs(device, sizes, threshold):
     from sensilora.kernels import lora_linear as kernels
 
     def inside_nan(*shape):
@@ -237,31 +319,61 @@ def test_triton_gradient_passes_read_nothing_outside_their_inputs(device, sizes,
         memory = torch.full((size + 100_000,), float("nan"), device=device)
         return memory[50_000 : 50_000 + size].view(shape).copy_(torch.randn(shape))
 
-    rows, in_features, out_features, rank = sizes
-    x, grad = inside_nan(rows, in_features), inside_nan(rows, out_features)
-    h, q = inside_nan(rows, rank), inside_nan(rows, rank)
-    lora_A, lora_B = inside_nan(rank, in_features), inside_nan(out_features, rank)
+    rows, in_features, _, rank = sizes
+    x, lora_A, q = inside_nan(rows, in_features), inside_nan(rank, in_features), inside_nan(rows, rank)
+    dropped = x.double() * keep_mask(rows, in_features, threshold / 65536, torch.tensor([3], device=device), device)
     seed = torch.tensor([3], device=device)
-    got_q, grad_B = kernels.launch_lora_grad_b(grad, h, lora_B, 1.0)
-    assert relative_error(got_q, grad.double() @ lora_B.double()) <= 1e-5
-    assert relative_error(grad_B, grad.double().T @ h.double()) <= 1e-5
-    kept = keep_mask(rows, in_features, threshold / 65536, 3, device)
-    grad_A = kernels.launch_lora_grad_a(x, q, lora_A, None, threshold, 1.0, seed)
-    assert relative_error(grad_A, q.double().T @ (x.double() * kept)) <= 1e-5
+    h = torch.full((rows, kernels.padded(rank)), float("nan"), device=device)
+    kernels.launch_lora_down(x, [lora_A], h, 0.7, threshold, seed)
+    assert relative_error(h[:, :rank], 0.7 * dropped @ lora_A.double().T) <= 1e-5
+    assert not h[:, rank:].any()
+    grad_A = torch.full_like(lora_A, float("nan"))
+    # Passed as wide as it is, without the padding that the op gives it.
+    kernels.launch_reduce(kernels.launch_lora_outer(x, q, (grad_A,), 0.7, threshold, seed))
+    assert relative_error(grad_A, 0.7 * q.double().T @ dropped) <= 1e-5
 
 
-def test_triton_product_under_the_interpreter():
+@pytest.mark.parametrize("ranks", [(5,), (3, 20), (16, 0, 7)])
+@pytest.mark.parametrize("masks", [0, 1, 3])
+def test_triton_product_of_a_group_under_the_interpreter(ranks, masks):
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    from sensilora.kernels import lora_linear as kernels
+
+    rows, columns, members = 130, 264, len(ranks)
+    stack = kernels.stack_size(ranks)
+    lefts = [torch.randn(rows, 48, dtype=torch.float16) for _ in ranks]
+    matrices = [(torch.randn(48, columns) / 7).half() for _ in ranks]
+    updates = [torch.randn(rank, columns) for rank in ranks]
+    skinny = torch.randn(rows, stack, dtype=torch.float16)
+    seeds = torch.arange(1, 1 + (1 if masks == 1 else members)) if masks else None
+    p = 0.25 if masks else 0.0
+    expected, first = torch.zeros(rows, columns, dtype=torch.float64), 0
+    for i, (left, matrix, update, rank) in enumerate(zip(lefts, matrices, updates, ranks, strict=True)):
+        low_rank = skinny[:, first : first + rank].double() @ update.double()
+        if masks:
+            seed = seeds[0 if masks == 1 else i].reshape(1)
+            low_rank *= keep_mask(rows, columns, p, seed) * keep_scale(p)
+        expected += left.double() @ matrix.double() + low_rank
+        first += kernels.padded(rank)
+    masked = [16384 if masks else 0] * members, [keep_scale(p)] * members, seeds
+    for stored in (matrices, [matrix.T.contiguous().T for matrix in matrices]):
+        got = kernels.launch_lora_product(lefts, stored, None, skinny, updates, 1.0, *masked)
+        assert relative_error(got, expected) <= 2 * RELATIVE[torch.float16]
+
+
+@pytest.mark.parametrize("rank", [5, 16, 40, 100])
+def test_triton_product_with_bias_and_scale_under_the_interpreter(rank):
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
     from sensilora.kernels import lora_linear as kernels
 
     left, bias = torch.randn(130, 64, dtype=torch.float16), torch.randn(264, dtype=torch.float16)
-    skinny, update = torch.randn(130, 5, dtype=torch.float16), torch.randn(264, 5)
+    skinny, update = torch.randn(130, kernels.padded(rank), dtype=torch.float16), torch.randn(264, rank)
     matrix = (torch.randn(64, 264) / 8).half()
-    expected = left.double() @ matrix.double() + bias.double() + 0.7 * skinny.double() @ update.double().T
-    for stored in (matrix, matrix.T.contiguous().T):
-        got = kernels.launch_lora_product(left, stored, bias, skinny, update, 0.7)
-        assert relative_error(got, expected) <= RELATIVE[torch.float16]
+    expected = left.double() @ matrix.double() + bias.double() + 0.7 * skinny[:, :rank].double() @ update.double().T
+    got = kernels.launch_lora_product([left], [matrix], bias, skinny, [update.T], 0.7, [0], [1.0], None)
+    assert relative_error(got, expected) <= RELATIVE[torch.float16]
 
 
 @settings(max_examples=25, deadline=None)
@@ -304,7 +416,7 @@ def test_opcheck(device, requires_grad, p):
     seed = torch.tensor([3], device=device) if p else None
     torch.library.opcheck(_lora_linear, (*tensors, 0.7, p, seed))
     x, weight, _, lora_A, lora_B = (tensor.detach() for tensor in tensors)
-    h, grad = torch.randn(6, 2, device=device), torch.randn(2, 3, 4, device=device)
+    h, grad = torch.randn(6, 16, device=device), torch.randn(2, 3, 4, device=device)
     for need_grad_x in (False, True):
         torch.library.opcheck(_lora_linear_backward, (grad, x, h, weight, lora_A, lora_B, 0.7, p, seed, need_grad_x))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from sensilora.ops._dropout import dropout as reference_dropout
 from sensilora.ops._dropout import keep_mask
@@ -29,6 +29,10 @@ PER_SEQUENCE, PER_POSITION = 0, 1
 
 def nan(*shape, dtype=torch.float32):
     return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def key(seed):
+    return torch.tensor([seed])
 
 
 @pytest.fixture
@@ -335,29 +339,35 @@ def test_metrics_bad_input(diag, count, alpha, message):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 128), (4, 129), (9, 300)])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9999, 1.0])
 @pytest.mark.parametrize("seed", [0, 12345, 2**40 + 7, -1])
-def test_dropout_is_the_reference_mask(dtype, shape, p, seed):
-    x = torch.randn(shape).to(dtype)
-    got = OPS.dropout(x, p, seed)
-    assert torch.equal(got == 0, ~keep_mask(*shape, p, seed) | (x == 0))
+def test_dropout_is_the_reference_mask(device, dtype, shape, p, seed):
+    x = torch.randn(shape).to(device, dtype)
+    got = OPS.dropout(x, p, key(seed).to(device))
+    assert torch.equal(got == 0, ~keep_mask(*shape, p, seed, device) | (x == 0))
     assert relative_error(got, reference_dropout(x.double(), p, seed)) <= RELATIVE[dtype]
 
 
-def test_dropout_drops_nan_too():
-    got = OPS.dropout(nan(20, 20), 0.5, 1)
-    assert torch.equal(got == 0, ~keep_mask(20, 20, 0.5, 1))
+def test_dropout_drops_nan_too(device):
+    got = OPS.dropout(nan(20, 20).to(device), 0.5, key(1).to(device))
+    assert torch.equal(got == 0, ~keep_mask(20, 20, 0.5, 1, device))
 
 
 def test_dropout_of_strided_rows_and_threads(threads):
     x = torch.randn(600, 200)[::2, 10:150]
-    first, *others = with_threads(threads, lambda: OPS.dropout(x, 0.3, 9))
-    assert torch.equal(first, OPS.dropout(x.contiguous(), 0.3, 9))
+    first, *others = with_threads(threads, lambda: OPS.dropout(x, 0.3, key(9)))
+    assert torch.equal(first, OPS.dropout(x.contiguous(), 0.3, key(9)))
     assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
 def test_dropout_bad_probability(p):
     with pytest.raises(RuntimeError, match="dropout probability must be in"):
-        OPS.dropout(torch.ones(2, 2), p, 0)
+        OPS.dropout(torch.ones(2, 2), p, key(0))
+
+
+@pytest.mark.parametrize("seed", [torch.tensor([1.0]), torch.tensor([1, 2]), torch.tensor(1, dtype=torch.int32)])
+def test_dropout_bad_seed(seed):
+    with pytest.raises(RuntimeError, match="seed must be an int64 tensor of one element on x's device"):
+        OPS.dropout(torch.ones(2, 2), 0.5, seed)
 
 
 # --- lora_linear
@@ -372,41 +382,44 @@ def lora_tensors(shape, dtype):
     return [torch.randn(size).to(dtype) for size in sizes]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_lora_linear_and_its_gradients(dtype, shape, p, with_bias):
     x, weight, bias, lora_A, lora_B, grad = lora_tensors(shape, dtype)
     bias = bias if with_bias else None
-    y, h = OPS.lora_linear(x, weight, bias, lora_A, lora_B, 0.7, p, 11)
-    grad_x, grad_A, grad_B = OPS.lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.7, p, 11, True)
+    y, h = OPS.lora_linear(x, weight, bias, lora_A, lora_B, 0.7, p, key(11))
+    grad_x, grad_A, grad_B = OPS.lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.7, p, key(11), True)
 
     leaves = [tensor.double().requires_grad_() for tensor in (x, lora_A, lora_B)]
     # The mask and its scale, which have tests of their own.
-    dropped = leaves[0] * OPS.dropout(torch.ones(x.shape, dtype=torch.float64), p, 11)
+    dropped = leaves[0] * OPS.dropout(torch.ones(x.shape, dtype=torch.float64), p, key(11))
     oracle_h = linear(dropped, leaves[1])
     oracle = linear(leaves[0], weight.double(), None if bias is None else bias.double()) + 0.7 * linear(
         oracle_h, leaves[2]
     )
     oracle_grads = torch.autograd.grad(oracle, leaves, grad.double())
-    for got, want in zip((y, h, grad_x, grad_A, grad_B), (oracle, oracle_h, *oracle_grads), strict=True):
+    rank = shape[-1]
+    assert h.shape[1] == -(-rank // 16) * 16
+    assert not h[:, rank:].any()
+    for got, want in zip((y, h[:, :rank], grad_x, grad_A, grad_B), (oracle, oracle_h, *oracle_grads), strict=True):
         assert got.dtype == dtype
         assert relative_error(got, want) <= RELATIVE[dtype]
 
 
 def test_lora_linear_takes_a_transposed_weight():
     x, weight, bias, lora_A, lora_B, _ = lora_tensors((9, 8, 6, 2), torch.float32)
-    got = OPS.lora_linear(x, weight.t().contiguous().t(), bias, lora_A, lora_B, 0.5, 0.2, 3)
-    want = OPS.lora_linear(x, weight, bias, lora_A, lora_B, 0.5, 0.2, 3)
+    got = OPS.lora_linear(x, weight.t().contiguous().t(), bias, lora_A, lora_B, 0.5, 0.2, key(3))
+    want = OPS.lora_linear(x, weight, bias, lora_A, lora_B, 0.5, 0.2, key(3))
     assert all(relative_error(a, b) <= 1e-6 for a, b in zip(got, want, strict=True))
 
 
 def test_lora_linear_backward_without_the_inputs_gradient():
     x, weight, bias, lora_A, lora_B, grad = lora_tensors((9, 8, 6, 2), torch.float32)
-    _, h = OPS.lora_linear(x, weight, bias, lora_A, lora_B, 0.5, 0.2, 3)
-    full = OPS.lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.5, 0.2, 3, True)
-    part = OPS.lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.5, 0.2, 3, False)
+    _, h = OPS.lora_linear(x, weight, bias, lora_A, lora_B, 0.5, 0.2, key(3))
+    full = OPS.lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.5, 0.2, key(3), True)
+    part = OPS.lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.5, 0.2, key(3), False)
     assert part[0].numel() == 0
     assert torch.equal(part[1], full[1])
     assert torch.equal(part[2], full[2])
@@ -415,16 +428,16 @@ def test_lora_linear_backward_without_the_inputs_gradient():
 def test_lora_linear_takes_an_expanded_upstream_gradient():
     x, weight, _, lora_A, lora_B, _ = lora_tensors((9, 8, 6, 2), torch.float32)
     grad = torch.ones(()).expand(9, 6)
-    h = x @ lora_A.T
-    got = OPS.lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.5, 0.0, 0, True)
-    want = OPS.lora_linear_backward(grad.contiguous(), x, h, weight, lora_A, lora_B, 0.5, 0.0, 0, True)
+    h = pad(x @ lora_A.T, (0, 14))
+    got = OPS.lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.5, 0.0, None, True)
+    want = OPS.lora_linear_backward(grad.contiguous(), x, h, weight, lora_A, lora_B, 0.5, 0.0, None, True)
     assert all(relative_error(a, b) <= 1e-6 for a, b in zip(got, want, strict=True))
 
 
 def test_the_native_op_itself_is_not_differentiable():
     # sensilora::lora_linear has the gradient formula; torch's own ops inside the native one must not add another.
     x, weight, bias, lora_A, lora_B, _ = lora_tensors((9, 8, 6, 2), torch.float32)
-    _, h = OPS.lora_linear(x, weight, bias, lora_A.requires_grad_(), lora_B, 0.5, 0.0, 0)
+    _, h = OPS.lora_linear(x, weight, bias, lora_A.requires_grad_(), lora_B, 0.5, 0.0, None)
     with pytest.warns(UserWarning, match="autograd kernel was not registered"):
         h.sum().backward()
     assert lora_A.grad is None
@@ -438,7 +451,7 @@ def test_the_native_op_itself_is_not_differentiable():
         ({"lora_A": torch.ones(2, 7)}, "lora_A has 7 columns"),
         ({"lora_B": torch.ones(6, 3)}, "lora_B must have shape"),
         ({"bias": torch.ones(5)}, "bias must have shape"),
-        ({"x": torch.ones(9, 8).double()}, "must share a dtype"),
+        ({"x": torch.ones(9, 8).double()}, "x and weight must share a dtype"),
         ({"x": torch.ones(8)}, "must have 2 dimensions"),
     ],
 )
@@ -446,7 +459,23 @@ def test_lora_linear_bad_input(change, message):
     names = ("x", "weight", "bias", "lora_A", "lora_B")
     tensors = dict(zip(names, lora_tensors((9, 8, 6, 2), torch.float32), strict=False)) | change
     with pytest.raises(RuntimeError, match=message):
-        OPS.lora_linear(*tensors.values(), 0.5, 0.0, 0)
+        OPS.lora_linear(*tensors.values(), 0.5, 0.0, None)
+
+
+def test_lora_linear_dropout_needs_a_seed():
+    tensors = lora_tensors((9, 8, 6, 2), torch.float32)[:-1]
+    with pytest.raises(RuntimeError, match="dropout needs a seed"):
+        OPS.lora_linear(*tensors, 0.5, 0.1, None)
+
+
+@pytest.mark.parametrize("adapter_dtype", FLOATS)
+def test_lora_linear_gradients_come_in_the_adapters_dtype(adapter_dtype):
+    x, weight, bias, lora_A, lora_B, grad = lora_tensors((9, 8, 6, 2), torch.bfloat16)
+    lora_A, lora_B = lora_A.to(adapter_dtype), lora_B.to(adapter_dtype)
+    _, h = OPS.lora_linear(x, weight, bias, lora_A, lora_B, 0.5, 0.0, None)
+    grad_x, grad_A, grad_B = OPS.lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.5, 0.0, None, True)
+    assert (h.dtype, grad_x.dtype) == (x.dtype, x.dtype)
+    assert (grad_A.dtype, grad_B.dtype) == (adapter_dtype, adapter_dtype)
 
 
 # --- levels of vector instructions

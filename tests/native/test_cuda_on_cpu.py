@@ -1,0 +1,20 @@
+"""The CUDA kernels of csrc/ run on the CPU: their index arithmetic, where there is no GPU."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+def test_passes_of_lora_linear(tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    source = Path(__file__).with_name("check_lora_linear_kernels.cpp")
+    program = tmp_path / "check"
+    command = [compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", source, "-o", program]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-3000:]
+    run = subprocess.run([program], capture_output=True, text=True, check=False, timeout=300)
+    assert run.stdout == "passed\n", run.stdout + run.stderr
