@@ -1,9 +1,9 @@
 // The dropout mask: Philox4x32-10 keyed by the seed and counted by (column block, row), so that it depends on
 // neither tiling nor threads, and forward and backward make it anew instead of storing it.
 //
-// Element (row t, column c) lies in block b = c / 8, lane l = c % 8. Counter (b, t low, t high, 0), key (seed low,
-// seed high). Lane l takes 16 bits: output word l / 2, the lower half for even l, the upper for odd. The element is
-// kept where those bits >= round(p * 65536).
+// Element (row t, column c) belongs to call n = 4 (c / 32) + c % 8 / 2. Counter (n, t low, t high, 0), key (seed low,
+// seed high). It takes 16 bits: output word c % 32 / 8, the lower half for even c, the upper for odd. So one call serves
+// what one thread holds of a tensor core's operand or accumulator. Kept where those bits >= round(p * 65536).
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@ namespace sensilora {
 constexpr int kPhiloxBlocks = 16;
 constexpr int kPhiloxColumns = 8 * kPhiloxBlocks;
 
-// The 16-bit numbers of columns [8 * block, 8 * block + 128) of a row.
+// The 16-bit numbers of columns [8 * block, 8 * block + 128) of a row; block is a multiple of 4.
 SENSILORA_INLINE void philox_bits(uint32_t block, int64_t row, int64_t seed, uint16_t* bits) {
   uint32_t c0[kPhiloxBlocks], c1[kPhiloxBlocks], c2[kPhiloxBlocks], c3[kPhiloxBlocks];
   for (int i = 0; i < kPhiloxBlocks; ++i) {
@@ -42,7 +42,8 @@ SENSILORA_INLINE void philox_bits(uint32_t block, int64_t row, int64_t seed, uin
   }
   for (int i = 0; i < kPhiloxBlocks; ++i) {
     const uint32_t words[4] = {c0[i], c1[i], c2[i], c3[i]};
-    for (int l = 0; l < 8; ++l) bits[8 * i + l] = static_cast<uint16_t>(words[l >> 1] >> (16 * (l & 1)));
+    for (int l = 0; l < 8; ++l)
+      bits[32 * (i / 4) + 8 * (l >> 1) + 2 * (i % 4) + (l & 1)] = static_cast<uint16_t>(words[l >> 1] >> (16 * (l & 1)));
   }
 }
 

@@ -1,5 +1,7 @@
 """Device functions and launch helpers that several Triton kernels share."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -20,30 +22,37 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def keep_mask(seed, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def keep_mask(
+    seed, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MOVE_WORDS: tl.constexpr = False
+):
     """The dropout mask of a (ROWS, COLUMNS) tile as the package's reference defines it (sensilora/ops/_dropout.py).
 
-    `first_column` is a multiple of 8: one Philox call serves 8 neighbouring columns with 16 bits each.
+    `first_column` and COLUMNS are multiples of 32: four Philox calls serve a span of 32 columns with 16 bits each. In a
+    tensor core's layout what one call gives stays in one thread. Where the mask meets another layout, MOVE_WORDS moves
+    whole words before each becomes two truth values, which takes fewer exchanges than moving those.
     """
     row = first_row.to(tl.int64) + tl.arange(0, ROWS)
-    block = (first_column // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)
+    call = (first_column // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)
     zero = tl.zeros((ROWS, COLUMNS // 8), dtype=tl.uint32)
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
     k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    w0, w1, w2, w3 = philox(zero + block[None, :], zero + low[:, None], zero + high[:, None], zero, k0, k1)
-    # Compared before they are moved, since a truth value is a quarter of a word; then interleaved to
-    # (row, block, word pair, word, half), which is column order.
-    even = tl.join(_kept_halves(w0, threshold), _kept_halves(w2, threshold))
-    odd = tl.join(_kept_halves(w1, threshold), _kept_halves(w3, threshold))
-    kept = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
-    return tl.reshape(kept, (ROWS, COLUMNS)) != 0
+    w0, w1, w2, w3 = philox(zero + call[None, :], zero + low[:, None], zero + high[:, None], zero, k0, k1)
+    if MOVE_WORDS:
+        # (row, span, call, word) to the order of columns: (row, span, word, call, half).
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS // 32, 4, 4))
+        kept = _kept_halves(tl.reshape(tl.permute(words, (0, 1, 3, 2)), (ROWS, COLUMNS // 2)), threshold)
+    else:
+        even = tl.join(_kept_halves(w0, threshold), _kept_halves(w2, threshold))
+        odd = tl.join(_kept_halves(w1, threshold), _kept_halves(w3, threshold))
+        # (row, span, call, half, word / 2, word % 2) to the same order.
+        kept = tl.reshape(tl.join(even, odd), (ROWS, COLUMNS // 32, 4, 2, 2, 2))
+        kept = tl.permute(kept, (0, 1, 4, 5, 2, 3))
+    return tl.reshape(kept, (ROWS, COLUMNS))
 
 
 @triton.jit
 def _kept_halves(word, threshold):
-    low = ((word & 0xFFFF) >= threshold).to(tl.int8)
-    high = ((word >> 16) >= threshold).to(tl.int8)
-    return tl.join(low, high)
+    return tl.join((word & 0xFFFF) >= threshold, (word >> 16) >= threshold)
 
 
 @triton.jit
@@ -61,6 +70,7 @@ def sum_partials(partial, index, size, splits, SPLITS: tl.constexpr):
     return total
 
 
+@functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of the device; a small stand-in for the CPU tensors of the interpreter."""
     if device.type != "cuda":

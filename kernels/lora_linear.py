@@ -1,20 +1,27 @@
-"""LoRA forward and backward around the base product, in few passes over the activations.
+"""LoRA forward and backward around the base product, for one projection or several that share their input.
 
-    forward   h = drop(x) Aᵀ            one read of x
-              y = x Wᵀ + b + s h Bᵀ     one product that adds the update in its accumulator, or cuBLAS and then one
-                                        read and write of y
-    backward  q = s dY B, dB = s dYᵀ h  one read of dY, partial sums in fp32, then a fixed-order reduction
-              dx = dY W + q A           as in forward; with dropout cuBLAS, since the mask sits between the two terms
-              dA = qᵀ drop(x)           one read of x; after cuBLAS also dx += mask∘(q A), so the mask is made once
+    forward   h = drop(x) Aᵀ            one read of x, for all projections together
+              y = x Wᵀ + b + s h Bᵀ     one product that adds the update in its accumulator
+    backward  q = s dY B                one read of dY
+              dx = Σ (dY W + mask∘(q A))  one product over all projections, likewise
+              dA = qᵀ drop(x), dB = s dYᵀ h   one read of x and of dY, while that product runs
 
-Nothing is atomic, so results repeat bit for bit. The rank is a run-time value: only its bucket (16, 32, 64, 128)
-is compiled in and tails are masked; ranks above 128 go in blocks of 128. A and B are read in their own dtype and
-rounded to x's in registers.
+On Hopper the product starts while h or q is still being computed, waits for it before its first tile is finished, and
+leaves room beside it for the two passes behind it (programmatic dependent launch); these only move bytes, so they cost
+little next to a product that only computes. Elsewhere the base product is cuBLAS's, and the update one read and write
+of y or dx.
+
+Nothing is atomic, so results repeat bit for bit. The rank is a run-time value: h and q are padded with zero columns to
+a multiple of 16, only the bucket (16, 32, 64, 128) is compiled in, and ranks above go in blocks. A and B are read in
+their own dtype and rounded to x's in registers.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sensilora.kernels._common import keep_mask, multiprocessors, sum_partials
@@ -23,134 +30,327 @@ MAX_BLOCK_RANK = 128
 
 
 @triton.jit
+def _stacked(matrices, ranks, strides, r, ALIGNED: tl.constexpr):
+    """Pointers to row r of matrices stacked with each padded to a multiple of 16, and which r exist.
+
+    ALIGNED: each row begins at a multiple of 16 bytes, which the compiler cannot see through the choice of a matrix.
+    """
+    if len(matrices) == 1:
+        pointers = matrices[0] + r.to(tl.int64) * strides[0]
+        inside = r < ranks[0]
+    else:
+        pointers = matrices[0] + r.to(tl.int64) * 0
+        inside = r < 0
+        first = 0
+        for i in tl.static_range(len(matrices)):
+            here = (r >= first) & (r < first + ranks[i])
+            pointers = tl.where(here, matrices[i] + (r - first).to(tl.int64) * strides[i], pointers)
+            inside = inside | here
+            first += (ranks[i] + 15) // 16 * 16
+        if ALIGNED:
+            pointers = tl.multiple_of(pointers, 16)
+    return pointers, inside
+
+
+@triton.jit
+def _finish_after_previous():
+    """Make this launch complete only after the one before it, which it overlapped; the other programs need not wait."""
+    if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+        gdc_wait()
+
+
+@triton.jit(do_not_specialize=["ranks", "threshold", "split_size"])
 def _lora_down_kernel(
     x,
-    lora_A,
+    matrices,
     h,
     seed,
     rows,
     in_features,
-    rank,
-    x_stride,
-    a_stride_r,
-    a_stride_k,
+    ranks,
+    strides_r,
+    stride_k,
+    columns,
+    h_stride,
+    scale,
     threshold,
-    keep_scale,
+    split_size,
     DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    LATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """h (rows, rank) = drop(x) Aᵀ."""
+    """h (rows, columns) = scale * drop(x) Aᵀ for stacked A; a split adds its share of in_features to a stack of h."""
+    if OVERLAP and not LATE:
+        gdc_launch_dependents()
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_T
     t = first_row + tl.arange(0, BLOCK_T)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(2)
+    a_rows, in_stack = _stacked(matrices, ranks, strides_r, r, ALIGNED)
     if DROPOUT:
         key = tl.load(seed)
     total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-    for first_k in range(0, in_features, BLOCK_K):
+    for first_k in range(split * split_size, min(in_features, (split + 1) * split_size), BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         inside_x = (t < rows)[:, None]
-        inside_a = (r < rank)[None, :]
+        inside_a = in_stack[None, :]
         if not EVEN_K:
             inside_x = inside_x & (k < in_features)[None, :]
             inside_a = inside_a & (k < in_features)[:, None]
-        x_tile = tl.load(x + t[:, None] * x_stride + k[None, :], mask=inside_x, other=0.0)
+        x_tile = tl.load(x + t[:, None] * in_features + k[None, :], mask=inside_x, other=0.0)
         if DROPOUT:
             kept = keep_mask(key, first_row, first_k, threshold, BLOCK_T, BLOCK_K)
             x_tile = tl.where(kept, x_tile, 0.0)
-        a_tile = tl.load(lora_A + k[:, None] * a_stride_k + r[None, :] * a_stride_r, mask=inside_a, other=0.0)
+        a_tile = tl.load(a_rows[None, :] + k[:, None] * stride_k, mask=inside_a, other=0.0)
         total = tl.dot(x_tile, a_tile.to(x_tile.dtype), total, input_precision=PRECISION)
-    h_tile = h + t[:, None] * rank + r[None, :]
-    inside = (t < rows)[:, None] & (r < rank)[None, :]
-    tl.store(h_tile, (total * keep_scale).to(h.dtype.element_ty), mask=inside)
+    if OVERLAP and LATE:
+        gdc_launch_dependents()
+    h_tile = h + (split.to(tl.int64) * rows + t[:, None]) * h_stride + r[None, :]
+    inside = (t < rows)[:, None] & (r < columns)[None, :]
+    tl.store(h_tile, (total * scale).to(h.dtype.element_ty), mask=inside)
+    if OVERLAP:
+        _finish_after_previous()
 
 
 @triton.jit
+def _accumulate(total, left, matrix, first_t, first_c, reduced, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """total + left matrix for one tile; matrix is stored (reduced, columns), or (columns, reduced) where TRANSPOSED."""
+    for k in range(0, reduced, BLOCK_K):
+        right = matrix.load([first_c, k]).T if TRANSPOSED else matrix.load([k, first_c])
+        total = tl.dot(left.load([first_t, k]), right, total)
+    return total
+
+
+@triton.jit
+def _tile_order(tile, tiles_t, tiles_c, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP row tiles share their columns while these are in L2."""
+    first = tile // (GROUP * tiles_c) * GROUP
+    group = min(tiles_t - first, GROUP)
+    return first + tile % (GROUP * tiles_c) % group, tile % (GROUP * tiles_c) // group
+
+
+@triton.jit
+def _update_tile(matrices, ranks, strides_r, stride_c, r, c, columns, ALIGNED: tl.constexpr):
+    """Rows r and columns c of the stacked matrices, (len(r), len(c)), zero where there are none."""
+    pointers, in_stack = _stacked(matrices, ranks, strides_r, r, ALIGNED)
+    inside = in_stack[:, None] & (c < columns)[None, :]
+    return tl.load(pointers[:, None] + c.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
+
+
+@triton.jit
+def _skinny_tile(skinny, skinny_stride, t, r, rows, stack):
+    inside = (t < rows)[:, None] & (r < stack)[None, :]
+    return tl.load(skinny + t.to(tl.int64)[:, None] * skinny_stride + r[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _add_update(
+    total, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds, keep_scales, rows,
+    columns, first_t, first_c, dtype: tl.constexpr, DROPOUT: tl.constexpr, STACKS: tl.constexpr, BLOCK_R: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """total + scale * Σ mask_i∘(skinny_i update_i); one mask for the whole stack, or with STACKS > 1 one an update."""
+    BLOCK_T: tl.constexpr = total.shape[0]
+    BLOCK_C: tl.constexpr = total.shape[1]
+    t = first_t + tl.arange(0, BLOCK_T)
+    c = first_c + tl.arange(0, BLOCK_C)
+    first = 0
+    for i in tl.static_range(STACKS):
+        if STACKS == 1:
+            members, sizes, strides = updates, ranks, strides_r
+        else:
+            members, sizes, strides = (updates[i],), (ranks[i],), (strides_r[i],)
+        stack = 0
+        for j in tl.static_range(len(members)):
+            stack += (sizes[j] + 15) // 16 * 16
+        update = total
+        if DROPOUT:
+            update = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+        for first_r in tl.range(0, stack, BLOCK_R, num_stages=1):
+            r = first_r + tl.arange(0, BLOCK_R)
+            left = _skinny_tile(skinny + first, skinny_stride, t, r, rows, stack)
+            right = _update_tile(members, sizes, strides, stride_c, r, c, columns, ALIGNED)
+            update = tl.dot(left, (scale * right).to(dtype), update)
+        if DROPOUT:
+            if thresholds[i] > 0:
+                kept = keep_mask(tl.load(seeds + i), first_t, first_c, thresholds[i], BLOCK_T, BLOCK_C)
+                update = tl.where(kept, update * keep_scales[i], 0.0)
+            total += update
+        else:
+            total = update
+        first += stack
+    return total
+
+
+@triton.jit
+def _store_parts(out, total, first_t, first_c, PARTS: tl.constexpr):
+    """Store in PARTS column parts, which takes less shared memory, so that the tiles of one more stage have room."""
+    BLOCK_T: tl.constexpr = total.shape[0]
+    BLOCK_C: tl.constexpr = total.shape[1]
+    if PARTS == 1:
+        out.store([first_t, first_c], total.to(out.dtype))
+    else:
+        low, high = _halves(total)
+        _store_parts(out, low, first_t, first_c, PARTS // 2)
+        _store_parts(out, high, first_t, first_c + BLOCK_C // 2, PARTS // 2)
+
+
+@triton.jit
+def _halves(total):
+    """The left and the right half of a tile's columns."""
+    BLOCK_T: tl.constexpr = total.shape[0]
+    BLOCK_C: tl.constexpr = total.shape[1]
+    return tl.split(tl.permute(tl.reshape(total, (BLOCK_T, 2, BLOCK_C // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_tile(
+    out, total, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds, keep_scales,
+    rows, columns, first_t, first_c, dtype: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
+    DROPOUT: tl.constexpr, STACKS: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Store in PARTS column parts, each with its share of the update added.
+
+    Parts take less shared memory, so that the tiles of one more stage have room, and their updates fewer registers.
+    """
+    BLOCK_T: tl.constexpr = total.shape[0]
+    BLOCK_C: tl.constexpr = total.shape[1]
+    if PARTS == 1:
+        if UPDATE:
+            total = _add_update(
+                total, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds,
+                keep_scales, rows, columns, first_t, first_c, dtype, DROPOUT, STACKS, BLOCK_R, ALIGNED,
+            )  # fmt: skip
+        if HAS_BIAS:
+            c = first_c + tl.arange(0, BLOCK_C)
+            total += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+        out.store([first_t, first_c], total.to(out.dtype))
+    else:
+        low, high = _halves(total)
+        _store_tile(
+            out, low, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds,
+            keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS, UPDATE, DROPOUT, STACKS, BLOCK_R, ALIGNED,
+            PARTS // 2,
+        )  # fmt: skip
+        _store_tile(
+            out, high, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds,
+            keep_scales, rows, columns, first_t, first_c + BLOCK_C // 2, dtype, HAS_BIAS, UPDATE, DROPOUT, STACKS,
+            BLOCK_R, ALIGNED, PARTS // 2,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["ranks", "thresholds"])
 def _lora_product_kernel(
-    left,
-    matrix,
+    left0,
+    left1,
+    left2,
+    matrix0,
+    matrix1,
+    matrix2,
     out,
     bias,
     skinny,
-    update,
+    updates,
+    seeds,
     rows,
     columns,
-    reduced,
-    rank,
+    reduced0,
+    reduced1,
+    reduced2,
+    skinny_stride,
+    stack,
+    ranks,
+    update_strides_r,
     update_stride_c,
-    update_stride_r,
     scale,
+    thresholds,
+    keep_scales,
+    PRODUCTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    STACKS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """out = left matrix + bias + scale * skinny updateᵀ, persistent, tiles by TMA; the update is one more dot.
+    """out = Σ left_i matrix_i + bias + scale * skinny updates, persistent, tiles by TMA; the update is one more dot.
 
-    matrix (reduced, columns) is stored so, or TRANSPOSED; skinny (rows, rank); update (columns, rank).
+    left_i (rows, reduced_i); matrix_i (reduced_i, columns), or TRANSPOSED; skinny (rows, stack); updates stacked
+    (stack, columns), with DROPOUT masked.
     """
     tiles_t, tiles_c = tl.cdiv(rows, BLOCK_T), tl.cdiv(columns, BLOCK_C)
-    r = tl.arange(0, BLOCK_R)
+    dtype: tl.constexpr = skinny.dtype.element_ty
     for tile in range(tl.program_id(0), tiles_t * tiles_c, PROGRAMS):
-        # GROUP row tiles share their columns while these are in L2.
-        first = tile // (GROUP * tiles_c) * GROUP
-        group = min(tiles_t - first, GROUP)
-        first_t = (first + tile % (GROUP * tiles_c) % group) * BLOCK_T
-        first_c = tile % (GROUP * tiles_c) // group * BLOCK_C
+        tile_t, tile_c = _tile_order(tile, tiles_t, tiles_c, GROUP)
+        first_t, first_c = tile_t * BLOCK_T, tile_c * BLOCK_C
+        # Except for the first tile skinny is there, and its latency and that of the update hide behind the product.
+        waited = tile >= PROGRAMS
+        if PREFETCH:
+            t, c, r = first_t + tl.arange(0, BLOCK_T), first_c + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+            right = _update_tile(updates, ranks, update_strides_r, update_stride_c, r, c, columns, ALIGNED)
+            if BLOCK_R > 32:
+                right = (scale * right).to(dtype)  # which leaves it in shared memory, not in registers
+            left = _skinny_tile(skinny, skinny_stride, t, r, tl.where(waited, rows, 0), stack)
         total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-        for k in range(0, reduced, BLOCK_K):
-            right = matrix.load([first_c, k]).T if TRANSPOSED else matrix.load([k, first_c])
-            total = tl.dot(left.load([first_t, k]), right, total)
-        t = first_t + tl.arange(0, BLOCK_T)
-        c = first_c + tl.arange(0, BLOCK_C)
-        inside_t, inside_c, inside_r = t < rows, c < columns, r < rank
-        skinny_tile = tl.load(
-            skinny + t.to(tl.int64)[:, None] * rank + r[None, :],
-            mask=inside_t[:, None] & inside_r[None, :],
-            other=0.0,
-        )
-        update_tile = tl.load(
-            update + c[None, :] * update_stride_c + r[:, None] * update_stride_r,
-            mask=inside_c[None, :] & inside_r[:, None],
-            other=0.0,
-        )
-        total = tl.dot(skinny_tile, (scale * update_tile).to(skinny_tile.dtype), total)
-        if HAS_BIAS:
-            total += tl.load(bias + c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
-        # Stored in two halves, which leaves shared memory for one more stage of tiles.
-        halves = tl.permute(tl.reshape(total, (BLOCK_T, 2, BLOCK_C // 2)), (0, 2, 1))
-        low, high = tl.split(halves)
-        out.store([first_t, first_c], low.to(out.dtype))
-        out.store([first_t, first_c + BLOCK_C // 2], high.to(out.dtype))
+        total = _accumulate(total, left0, matrix0, first_t, first_c, reduced0, TRANSPOSED, BLOCK_K)
+        if PRODUCTS > 1:
+            total = _accumulate(total, left1, matrix1, first_t, first_c, reduced1, TRANSPOSED, BLOCK_K)
+        if PRODUCTS > 2:
+            total = _accumulate(total, left2, matrix2, first_t, first_c, reduced2, TRANSPOSED, BLOCK_K)
+        if not waited:
+            if OVERLAP:
+                gdc_wait()
+                gdc_launch_dependents()
+            if PREFETCH:
+                left = _skinny_tile(skinny, skinny_stride, t, r, rows, stack)
+        if PREFETCH:
+            if BLOCK_R <= 32:
+                right = (scale * right).to(dtype)
+            total = tl.dot(left, right, total)
+        _store_tile(
+            out, total, bias, skinny, skinny_stride, updates, ranks, update_strides_r, update_stride_c, scale, seeds,
+            thresholds, keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS, not PREFETCH, DROPOUT, STACKS,
+            BLOCK_R, ALIGNED, PARTS,
+        )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ranks", "threshold"])
 def _lora_up_kernel(
     out,
-    left,
-    right,
+    skinny,
+    updates,
     seed,
     rows,
     columns,
-    rank,
-    right_stride_c,
-    right_stride_r,
+    skinny_stride,
+    stack,
+    ranks,
+    update_strides_r,
+    update_stride_c,
     scale,
     threshold,
     DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out (rows, columns) += scale * mask∘(left (rows, rank) right (columns, rank)ᵀ)."""
+    """out (rows, columns) += scale * mask∘(skinny updates), where the base product has been computed before."""
     # The last rows first: what the base product wrote last is still in L2.
     first_row = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64) * BLOCK_T
     first_column = tl.program_id(0) * BLOCK_C
@@ -160,190 +360,173 @@ def _lora_up_kernel(
     tile = out + t[:, None] * columns + c[None, :]
     base = tl.load(tile, mask=inside, other=0.0)
     update = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    for first_r in range(0, rank, BLOCK_R):
+    for first_r in tl.range(0, stack, BLOCK_R, num_stages=1):
         r = first_r + tl.arange(0, BLOCK_R)
-        left_tile = tl.load(
-            left + t[:, None] * rank + r[None, :], mask=(t < rows)[:, None] & (r < rank)[None, :], other=0.0
-        )
-        right_tile = tl.load(
-            right + c[None, :] * right_stride_c + r[:, None] * right_stride_r,
-            mask=(c < columns)[None, :] & (r < rank)[:, None],
-            other=0.0,
-        )
-        update = tl.dot(left_tile, right_tile.to(left_tile.dtype), update, input_precision=PRECISION)
+        left = _skinny_tile(skinny, skinny_stride, t, r, rows, stack)
+        right = _update_tile(updates, ranks, update_strides_r, update_stride_c, r, c, columns, ALIGNED)
+        update = tl.dot(left, right.to(left.dtype), update, input_precision=PRECISION)
     if DROPOUT:
         kept = keep_mask(tl.load(seed), first_row, first_column, threshold, BLOCK_T, BLOCK_C)
         update = tl.where(kept, update, 0.0)
     tl.store(tile, (base.to(tl.float32) + scale * update).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _row_tile(turn, row_tiles):
-    """The row tile of this program at this turn: neighbours take neighbouring tiles, and the last rows come first.
-
-    What the product before this pass wrote last is still in L2. Below 0 when there is none left.
-    """
-    return row_tiles - 1 - (turn * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-
-
-@triton.jit
-def _lora_grad_b_kernel(
-    grad,
-    h,
-    lora_B,
-    q_partial,
-    b_partial,
-    rows,
-    out_features,
-    rank,
-    b_stride_n,
-    b_stride_r,
-    row_tiles,
-    EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """One read of dY: this strip's share of dY B for all its rows, and of dYᵀ h summed over them."""
-    strip, split = tl.program_id(0), tl.program_id(1)
-    n = strip * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside_b = (n < out_features)[:, None] & (r < rank)[None, :]
-    b_tile = tl.load(lora_B + n[:, None] * b_stride_n + r[None, :] * b_stride_r, mask=inside_b, other=0.0)
-    b_tile = b_tile.to(grad.dtype.element_ty)
-    total = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    for turn in range(tl.cdiv(row_tiles, tl.num_programs(1))):
-        t = _row_tile(turn, row_tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
-        inside_t = (t >= 0) & (t < rows)
-        inside = inside_t[:, None]
-        if not EVEN_N:
-            inside = inside & (n < out_features)[None, :]
-        grad_tile = tl.load(grad + t[:, None] * out_features + n[None, :], mask=inside, other=0.0)
-        inside_h = inside_t[:, None] & (r < rank)[None, :]
-        h_tile = tl.load(h + t[:, None] * rank + r[None, :], mask=inside_h, other=0.0)
-        total = tl.dot(tl.trans(grad_tile), h_tile, total, input_precision=PRECISION)
-        q_tile = tl.dot(grad_tile, b_tile, input_precision=PRECISION)
-        tl.store(q_partial + (strip.to(tl.int64) * rows + t[:, None]) * rank + r[None, :], q_tile, mask=inside_h)
-    b_out = b_partial + (split.to(tl.int64) * out_features + n[:, None]) * rank + r[None, :]
-    tl.store(b_out, total, mask=inside_b)
-
-
-@triton.jit
-def _lora_grad_a_kernel(
-    x,
-    q,
-    lora_A,
+@triton.jit(do_not_specialize=["ranks", "threshold", "row_tiles"])
+def _lora_outer_kernel(
+    left,
+    skinny,
+    outs,
+    partial,
+    matrices,
     grad_x,
-    a_partial,
     seed,
     rows,
-    in_features,
-    rank,
-    x_stride,
-    a_stride_r,
-    a_stride_k,
+    columns,
+    skinny_stride,
+    stack,
+    ranks,
+    out_strides_r,
+    out_stride_c,
+    matrix_strides_r,
+    matrix_stride_c,
+    scale,
     threshold,
-    keep_scale,
     row_tiles,
-    UPDATE_GRAD_X: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UPDATE: tl.constexpr,
     DROPOUT: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One read of x: this split's share of qᵀ drop(x); and grad_x += mask∘(q A) on the way, with the same mask."""
-    first_k = tl.program_id(0) * BLOCK_K
+    """One read of left (rows, columns): out_i (columns, rank_i) = scale * drop(left)ᵀ skinny_i, for stacked skinny.
+
+    With SPLIT a program's share of the rows goes to a stack of partial sums (splits, stack, columns). With UPDATE also
+    grad_x += scale * mask∘(skinny matrices), with the mask that is at hand.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+    first_c = tl.program_id(0) * BLOCK_C
     split = tl.program_id(1)
-    k = first_k + tl.arange(0, BLOCK_K)
+    c = first_c + tl.arange(0, BLOCK_C)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside_a = (k < in_features)[None, :] & (r < rank)[:, None]
-    if UPDATE_GRAD_X:
-        a_tile = tl.load(lora_A + r[:, None] * a_stride_r + k[None, :] * a_stride_k, mask=inside_a, other=0.0)
-        a_tile = a_tile.to(x.dtype.element_ty)
+    dtype: tl.constexpr = left.dtype.element_ty
+    if UPDATE:
+        update_tile = _update_tile(matrices, ranks, matrix_strides_r, matrix_stride_c, r, c, columns, ALIGNED).to(dtype)
     if DROPOUT:
         key = tl.load(seed)
-    total = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
+    total = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
     for turn in range(tl.cdiv(row_tiles, tl.num_programs(1))):
-        first_row = _row_tile(turn, row_tiles) * BLOCK_T
+        # Neighbouring programs take neighbouring tiles, and the last rows come first: what the product before wrote
+        # last is still in L2.
+        first_row = (row_tiles - 1 - (turn * tl.num_programs(1) + split).to(tl.int64)) * BLOCK_T
         t = first_row + tl.arange(0, BLOCK_T)
         inside_t = (t >= 0) & (t < rows)
         inside = inside_t[:, None]
-        if not EVEN_K:
-            inside = inside & (k < in_features)[None, :]
-        x_tile = tl.load(x + t[:, None] * x_stride + k[None, :], mask=inside, other=0.0)
-        q_tile = tl.load(q + t[:, None] * rank + r[None, :], mask=inside_t[:, None] & (r < rank)[None, :], other=0.0)
+        if not EVEN_C:
+            inside = inside & (c < columns)[None, :]
+        left_tile = tl.load(left + t[:, None] * columns + c[None, :], mask=inside, other=0.0)
+        skinny_tile = tl.load(
+            skinny + t[:, None] * skinny_stride + r[None, :], mask=inside_t[:, None] & (r < stack)[None, :], other=0.0
+        )
         if DROPOUT:
-            kept = keep_mask(key, first_row, first_k, threshold, BLOCK_T, BLOCK_K)
-            x_tile = tl.where(kept, x_tile, 0.0)
-        total = tl.dot(tl.trans(x_tile), q_tile, total, input_precision=PRECISION)
-        if UPDATE_GRAD_X:
-            update = tl.dot(q_tile, a_tile, input_precision=PRECISION)
+            kept = keep_mask(key, first_row, first_c, threshold, BLOCK_T, BLOCK_C, MOVE_WORDS=True)
+            left_tile = tl.where(kept, left_tile, 0.0)
+        total = tl.dot(tl.trans(left_tile), skinny_tile, total, input_precision=PRECISION)
+        if UPDATE:
+            update = tl.dot(skinny_tile, update_tile, input_precision=PRECISION)
             if DROPOUT:
                 update = tl.where(kept, update, 0.0)
-            pointers = grad_x + t[:, None] * in_features + k[None, :]
+            pointers = grad_x + t[:, None] * columns + c[None, :]
             base = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-            tl.store(pointers, (base + keep_scale * update).to(grad_x.dtype.element_ty), mask=inside)
-    a_out = a_partial + (split.to(tl.int64) * rank + r[:, None]) * in_features + k[None, :]
-    tl.store(a_out, keep_scale * tl.trans(total), mask=inside_a)
-
-
-@triton.jit
-def _reduce_kernel(
-    first_partial, first_out, first_size, first_splits, first_programs, second_partial, second_out, second_size,
-    second_splits, scale, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum two stacks of partials over their first dimension, in order, in one launch."""
-    program = tl.program_id(0)
-    if program < first_programs:
-        _reduce_block(first_partial, first_out, first_size, first_splits, program, scale, BLOCK)
+            tl.store(pointers, (base + scale * update).to(dtype), mask=inside)
+    if SPLIT:
+        pointers = partial + (split.to(tl.int64) * stack + r[None, :]) * columns + c[:, None]
+        tl.store(pointers, scale * total, mask=(c < columns)[:, None] & (r < stack)[None, :])
     else:
-        _reduce_block(second_partial, second_out, second_size, second_splits, program - first_programs, scale, BLOCK)
+        out_rows, in_stack = _stacked(outs, ranks, out_strides_r, r, ALIGNED)
+        pointers = out_rows[None, :] + c.to(tl.int64)[:, None] * out_stride_c
+        inside = (c < columns)[:, None] & in_stack[None, :]
+        tl.store(pointers, (scale * total).to(outs[0].dtype.element_ty), mask=inside)
+    if OVERLAP:
+        _finish_after_previous()
 
 
-@triton.jit
-def _reduce_block(partial, out, size, splits, program, scale, BLOCK: tl.constexpr):
-    index = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = sum_partials(partial, index, size, splits, 16)
-    tl.store(out + index, (scale * total).to(out.dtype.element_ty), mask=index < size)
+@triton.jit(do_not_specialize=["first_rows", "stacks", "splits", "ranks"])
+def _reduce_kernel(
+    partials, first_rows, stacks, splits, columns, outs, ranks, strides_r, strides_c, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Each out (rank, columns) = the sum over splits of its rows of its partial (splits, stack, columns), in order."""
+    row = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for i in tl.static_range(len(outs)):
+        if (row >= 0) & (row < ranks[i]):
+            index = (first_rows[i] + row).to(tl.int64) * columns[i] + c
+            total = sum_partials(partials[i], index, stacks[i].to(tl.int64) * columns[i], splits[i], 16)
+            pointers = outs[i] + row.to(tl.int64) * strides_r[i] + c.to(tl.int64) * strides_c[i]
+            tl.store(pointers, total.to(outs[i].dtype.element_ty), mask=c < columns[i])
+        row -= ranks[i]
 
 
-# Tile sizes by kernel and rank bucket: (BLOCK_T, BLOCK of columns, num_warps, num_stages), and for the two gradient
-# kernels the programs aimed at a multiprocessor.
+# Tile sizes by kernel and rank bucket: (BLOCK_T, BLOCK of columns, num_warps, num_stages), and for the outer products
+# the programs aimed at a multiprocessor. "beside" ones run beside a product and leave it its shared memory.
 CONFIGS: dict[str, dict[int, tuple[int, ...]]] = {
     "down": {16: (32, 128, 4, 4), 32: (32, 128, 4, 4), 64: (64, 128, 4, 4), 128: (32, 64, 4, 4)},
+    "down_beside": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
     "up": {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 4, 2)},
-    "grad_b": {16: (64, 512, 8, 3, 1), 32: (64, 256, 4, 3, 1), 64: (64, 256, 8, 4, 1), 128: (64, 128, 4, 4, 1)},
-    "grad_a": {16: (64, 64, 4, 3, 4), 32: (64, 128, 4, 3, 2), 64: (128, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
-    "grad_a_dropout": {16: (16, 128, 4, 4, 4), 32: (32, 64, 4, 4, 4), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
+    "outer": {16: (64, 64, 4, 3, 4), 32: (64, 128, 4, 3, 2), 64: (128, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
+    "outer_dropout": {16: (32, 64, 4, 4, 4), 32: (32, 64, 4, 4, 4), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
+    "outer_dropout_beside": {16: (64, 64, 4, 3, 4), 32: (64, 64, 4, 3, 4), 64: (64, 64, 4, 3, 4), 128: (64, 64, 4, 2, 4)},
+    "outer_beside": {16: (128, 64, 4, 3, 2), 32: (128, 64, 4, 3, 2), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 2, 2)},
 }
 # Bytes of shared memory a block may take for which they were chosen: an A100's; the H100 and H200 have more.
 TUNED_SHARED_MEMORY = 160 * 1024
 REDUCE_BLOCK = 256
-# BLOCK_T, BLOCK_C, BLOCK_K, GROUP, num_warps, num_stages of the product, tuned at 8192 rows. With few rows cuBLAS
-# splits the reduction, which this kernel does not; above rank 64 the tile of the update takes the memory of a stage.
+# BLOCK_T, BLOCK_C, BLOCK_K, GROUP, num_warps, num_stages of the product, tuned at 8192 rows, and in how many parts a
+# tile is stored, without and with dropout. With few rows cuBLAS splits the reduction, which this kernel does not.
 PRODUCT_CONFIG = (128, 256, 64, 8, 8, 3)
+PRODUCT_PARTS = (2, 4)
 PRODUCT_MIN_ROWS = 2048
-PRODUCT_MAX_RANK = 64
+PRODUCT_MAX_RANK = 512
+PRODUCTS = 3
+PREFETCH = 16
+LATE = False
 
 
-def _config(kernel: str, rank: int, like: torch.Tensor) -> tuple[int, ...]:
+def _config(kernel: str, stack: int, like: torch.Tensor) -> tuple[int, ...]:
     """The entry of CONFIGS; half the columns and two stages where fp32 or a smaller GPU would not fit its tiles."""
-    rows, columns, warps, stages, *rest = CONFIGS[kernel][_bucket(rank)]
+    rows, columns, warps, stages, *rest = CONFIGS[kernel][_bucket(stack)]
     if like.dtype == torch.float32 or (like.is_cuda and _shared_memory(like.device) < TUNED_SHARED_MEMORY):
         columns, stages = max(32, columns // 2), 2
     return rows, columns, warps, stages, *rest
 
 
+@functools.lru_cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory a block may take; as the tuned GPU's where torch does not tell."""
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", TUNED_SHARED_MEMORY)
 
 
-def _bucket(rank: int) -> int:
-    return min(MAX_BLOCK_RANK, max(16, triton.next_power_of_2(rank)))
+def padded(rank: int) -> int:
+    """Columns of h and q that a rank takes: aligned, so that odd ranks are read as fast as even ones."""
+    return -(-rank // 16) * 16
+
+
+def _bucket(stack: int) -> int:
+    return min(MAX_BLOCK_RANK, max(16, _next_power_of_2(stack)))
+
+
+def _cdiv(a: int, b: int) -> int:
+    # triton.cdiv takes microseconds on the host.
+    return -(-a // b)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -351,24 +534,82 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _splits(row_tiles: int, strips: int, programs_per_sm: int, device: torch.device) -> int:
-    """How many programs share the rows of a strip, so that the gradient kernels fill the device."""
-    return max(1, min(row_tiles, multiprocessors(device) * programs_per_sm // strips))
+def _stackable(matrices: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The matrices (rank, other) with one dtype and one stride along the other dimension."""
+    first = matrices[0]
+    if all(m.dtype == first.dtype and m.stride(1) == first.stride(1) for m in matrices):
+        return tuple(matrices)
+    dtype = functools.reduce(torch.promote_types, (m.dtype for m in matrices))
+    return tuple(m.to(dtype).contiguous() for m in matrices)
 
 
-def launch_lora_down(x, lora_A, threshold, keep_scale, seed):
-    """h = drop(x) Aᵀ, (rows, rank) in x's dtype."""
+def _stack(matrices: tuple[torch.Tensor, ...]) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
+    """Columns of h that the stacked matrices take, their ranks, their strides along the rank, and along the other."""
+    ranks = tuple(m.shape[0] for m in matrices)
+    return stack_size(ranks), ranks, tuple(m.stride(0) for m in matrices), matrices[0].stride(1)
+
+
+def _aligned(matrices: tuple[torch.Tensor, ...]) -> bool:
+    """Whether every row of the matrices (rank, other) begins at a multiple of 16 bytes and is contiguous."""
+    return all(m.stride(1) == 1 and m.stride(0) * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
+
+
+def _splits(tiles: int, steps: int, device: torch.device, programs_per_sm: int = 1) -> int:
+    """How many programs share the reduction of a tile, so that few tiles still fill the device."""
+    return max(1, min(steps, multiprocessors(device) * programs_per_sm // tiles))
+
+
+def _overlapping(overlap: bool) -> dict[str, bool]:
+    """Launch options of a kernel that may start before the one before it has ended."""
+    return {"launch_pdl": True} if overlap else {}
+
+
+def launch_reduce(pending):
+    """For each (partial (splits, stack, columns), outs): the stacked outs (rank, columns) = the sum over splits."""
+    if not pending:
+        return
+    jobs = []
+    for partial, outs in pending:
+        splits, stack, columns = partial.shape
+        first_row = 0
+        for out in outs:
+            jobs.append((partial, first_row, stack, splits, columns, out, out.shape[0], out.stride(0), out.stride(1)))
+            first_row += padded(out.shape[0])
+    arguments = tuple(zip(*jobs, strict=True))
+    columns, ranks = max(arguments[4]), sum(arguments[6])
+    block = min(REDUCE_BLOCK, _next_power_of_2(columns))
+    _reduce_kernel[(_cdiv(columns, block), ranks)](*arguments, BLOCK=block)
+
+
+def launch_lora_down(x, matrices, h, scale, threshold, seed, *, beside=False, overlap=False):
+    """h (rows, stack) = scale * drop(x) Aᵀ for stacked A (rank, in_features), h's padding zero.
+
+    `beside` leaves room for a product that is launched next; `overlap` starts beside the launch before.
+    """
     rows, in_features = x.shape
-    rank = lora_A.shape[0]
-    h = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
-    block_t, block_k, warps, stages = _config("down", rank, x)
-    _lora_down_kernel[(triton.cdiv(rows, block_t), triton.cdiv(rank, _bucket(rank)))](
-        x, lora_A, h, seed, rows, in_features, rank, x.stride(0), lora_A.stride(0), lora_A.stride(1),
-        threshold, keep_scale,
-        DROPOUT=threshold > 0, EVEN_K=in_features % block_k == 0, PRECISION=_precision(x.dtype),
-        BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=_bucket(rank), num_warps=warps, num_stages=stages,
+    matrices = _stackable(matrices)
+    stack, ranks, strides_r, stride_k = _stack(matrices)
+    block_t, block_k, warps, stages = _config("down_beside" if beside else "down", stack, x)
+    block_r = _bucket(stack)
+    tiles = (_cdiv(rows, block_t), _cdiv(stack, block_r))
+    # Two steps a program at least, or summing the partial sums costs more than it saves.
+    splits = 1 if beside else _splits(tiles[0] * tiles[1], _cdiv(in_features, 2 * block_k), x.device)
+    split_size = _cdiv(_cdiv(in_features, splits), block_k) * block_k
+    partial = torch.empty(splits, rows, stack, dtype=torch.float32, device=x.device) if splits > 1 else None
+    out = h if partial is None else partial
+    _lora_down_kernel[(*tiles, splits)](
+        x, matrices, out, seed, rows, in_features, ranks, strides_r, stride_k, stack, out.stride(-2), scale, threshold,
+        split_size,
+        DROPOUT=threshold > 0, EVEN_K=in_features % block_k == 0, ALIGNED=_aligned(matrices), PRECISION=_precision(x.dtype), OVERLAP=beside, LATE=LATE,
+        BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=warps, num_stages=stages, **_overlapping(overlap),
     )  # fmt: skip
-    return h
+    if partial is not None:
+        launch_reduce([(partial, (h,))])
+
+
+@functools.lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _row_major(matrix: torch.Tensor) -> bool:
@@ -379,9 +620,8 @@ def _row_major(matrix: torch.Tensor) -> bool:
 
 def product_serves(left: torch.Tensor, matrix: torch.Tensor, rank: int) -> bool:
     """Whether `launch_lora_product` can compute left matrix + ..., and was measured to beat cuBLAS plus a pass."""
-    on_hopper = left.is_cuda and torch.cuda.get_device_capability(left.device) == (9, 0)
     return (
-        on_hopper
+        _is_hopper(left.device)
         and left.dtype in (torch.bfloat16, torch.float16)
         and left.shape[0] >= PRODUCT_MIN_ROWS
         and rank <= PRODUCT_MAX_RANK
@@ -391,148 +631,228 @@ def product_serves(left: torch.Tensor, matrix: torch.Tensor, rank: int) -> bool:
     )
 
 
-def launch_lora_product(left, matrix, bias, skinny, update, scale):
-    """left (rows, reduced) matrix (reduced, columns) + bias + scale * skinny (rows, rank) update (columns, rank)ᵀ."""
-    rows, reduced = left.shape
-    columns, rank = update.shape
+def launch_lora_product(lefts, matrices, bias, skinny, updates, scale, thresholds, keep_scales, seeds):
+    """Σ left_i (rows, reduced_i) matrix_i (reduced_i, columns) + bias + scale * skinny (rows, stack) stacked updates.
+
+    With a threshold above 0 every update is masked and scaled by its keep_scale first, with one mask for all where
+    there is one seed.
+    """
+    rows, columns = lefts[0].shape[0], matrices[0].shape[1]
+    updates = _stackable(updates)
+    stack, ranks, strides_r, stride_c = _stack(updates)
     block_t, block_c, block_k, group, warps, stages = PRODUCT_CONFIG
-    transposed = not _row_major(matrix)
-    out = torch.empty(rows, columns, dtype=left.dtype, device=left.device)
-    programs = multiprocessors(left.device)
+    dropout = any(threshold > 0 for threshold in thresholds)
+    parts, overlap = PRODUCT_PARTS[dropout], lefts[0].is_cuda
+    stacks = len(updates) if dropout and seeds.numel() > 1 else 1
+    transposed = not _row_major(matrices[0])
+    shape = [block_c, block_k] if transposed else [block_k, block_c]
+    out = torch.empty(rows, columns, dtype=lefts[0].dtype, device=lefts[0].device)
+    missing = [None] * (PRODUCTS - len(lefts))
+    tiles = _cdiv(rows, block_t) * _cdiv(columns, block_c)
+    # No more programs than finish together.
+    programs = _cdiv(tiles, _cdiv(tiles, multiprocessors(out.device)))
+    block_r = min(64, _bucket(stack))
     _lora_product_kernel[(programs,)](
-        TensorDescriptor.from_tensor(left, [block_t, block_k]),
-        TensorDescriptor.from_tensor(
-            matrix.T if transposed else matrix, [block_c, block_k] if transposed else [block_k, block_c]
-        ),
-        TensorDescriptor.from_tensor(out, [block_t, block_c // 2]),
-        bias, skinny, update, rows, columns, reduced, rank, update.stride(0), update.stride(1), scale,
-        HAS_BIAS=bias is not None, TRANSPOSED=transposed, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_K=block_k,
-        BLOCK_R=_bucket(rank), GROUP=group, PROGRAMS=programs, num_warps=warps, num_stages=stages,
+        *(TensorDescriptor.from_tensor(left, [block_t, block_k]) for left in lefts), *missing,
+        *(TensorDescriptor.from_tensor(m.T if transposed else m, shape) for m in matrices), *missing,
+        TensorDescriptor.from_tensor(out, [block_t, block_c // parts]),
+        bias, skinny, updates, seeds, rows, columns, *(left.shape[1] for left in lefts), *missing, skinny.stride(0),
+        stack, ranks, strides_r, stride_c, scale, tuple(thresholds), tuple(keep_scales),
+        PRODUCTS=len(lefts), HAS_BIAS=bias is not None, DROPOUT=dropout, STACKS=stacks,
+        PREFETCH=PREFETCH and not dropout and block_r <= PREFETCH and stack <= block_r, ALIGNED=_aligned(updates), TRANSPOSED=transposed,
+        OVERLAP=overlap, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=block_r, GROUP=group,
+        PARTS=parts, PROGRAMS=programs, num_warps=warps, num_stages=stages, **_overlapping(overlap),
     )  # fmt: skip
     return out
 
 
-def launch_lora_up(out, left, right, scale, threshold, seed):
-    """out += scale * mask∘(left rightᵀ) in place; out (rows, columns) contiguous, right (columns, rank)."""
+def launch_lora_up(out, skinny, updates, scale, threshold, seed):
+    """out (rows, columns) += scale * mask∘(skinny (rows, stack) stacked updates (rank, columns)), in place."""
     rows, columns = out.shape
-    rank = left.shape[1]
-    block_t, block_c, warps, stages = _config("up", rank, out)
-    _lora_up_kernel[(triton.cdiv(columns, block_c), triton.cdiv(rows, block_t))](
-        out, left, right, seed, rows, columns, rank, right.stride(0), right.stride(1), scale, threshold,
-        DROPOUT=threshold > 0, PRECISION=_precision(out.dtype),
-        BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_R=_bucket(rank), num_warps=warps, num_stages=stages,
+    updates = _stackable(updates)
+    stack, ranks, strides_r, stride_c = _stack(updates)
+    block_t, block_c, warps, stages = _config("up", stack, out)
+    _lora_up_kernel[(_cdiv(columns, block_c), _cdiv(rows, block_t))](
+        out, skinny, updates, seed, rows, columns, skinny.stride(0), stack, ranks, strides_r, stride_c, scale,
+        threshold,
+        DROPOUT=threshold > 0, ALIGNED=_aligned(updates), PRECISION=_precision(out.dtype), BLOCK_T=block_t,
+        BLOCK_C=block_c,
+        BLOCK_R=_bucket(stack), num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
-def launch_lora_linear(
+def launch_lora_outer(left, skinny, outs, scale, threshold, seed, *, update=None, overlap=False):
+    """The stacked outs (rank, columns) = scale * skinnyᵀ drop(left), from left (rows, columns), skinny (rows, stack).
+
+    Returns what `launch_reduce` has to sum up yet, so that one launch can do so for several.
+
+    `update`, (grad_x, matrices), also adds scale * mask∘(skinny matrices) to grad_x in place; its stack must fit one
+    block. `overlap` starts beside the product that was launched before.
+    """
+    rows, columns = left.shape
+    stack, ranks, strides_r, stride_c = _stack(outs)
+    grad_x, matrices = (None, outs) if update is None else (update[0], _stackable(update[1]))
+    _, _, matrix_strides_r, matrix_stride_c = _stack(matrices)
+    name = "outer_dropout" if threshold else "outer"
+    name += "_beside" if overlap else ""
+    block_t, block_c, warps, stages, per_sm = _config(name, stack, left)
+    block_r = _bucket(stack)
+    strips, row_tiles, rank_tiles = _cdiv(columns, block_c), _cdiv(rows, block_t), _cdiv(stack, block_r)
+    # Eight tiles a program at least, or summing the partial sums costs more than it saves.
+    splits = _splits(strips * rank_tiles, max(1, row_tiles // 8), left.device, per_sm)
+    partial = torch.empty(splits, stack, columns, dtype=torch.float32, device=left.device) if splits > 1 else None
+    _lora_outer_kernel[(strips, splits, rank_tiles)](
+        left, skinny, outs, partial, matrices, grad_x, seed, rows, columns, skinny.stride(0), stack, ranks, strides_r,
+        stride_c, matrix_strides_r, matrix_stride_c, scale, threshold, row_tiles,
+        SPLIT=partial is not None, UPDATE=grad_x is not None, DROPOUT=threshold > 0, EVEN_C=columns % block_c == 0,
+        ALIGNED=_aligned(outs) and _aligned(matrices), PRECISION=_precision(left.dtype), OVERLAP=overlap, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_R=block_r,
+        num_warps=warps, num_stages=stages, **_overlapping(overlap),
+    )  # fmt: skip
+    return [] if partial is None else [(partial, outs)]
+
+
+def stack_size(ranks) -> int:
+    """Columns of h for adapters of these ranks."""
+    return sum(map(padded, ranks))
+
+
+def _masks(thresholds, keep_scales, seeds):
+    """The stacks that share a mask: (members, threshold, keep_scale, seed) each."""
+    members = range(len(thresholds))
+    if seeds is None or seeds.numel() == 1:
+        return [(list(members), thresholds[0], keep_scales[0], seeds)]
+    return [([i], thresholds[i], keep_scales[i], seeds[i : i + 1]) for i in members]
+
+
+def _columns(ranks, members) -> slice:
+    """The columns of h of neighbouring members."""
+    first = stack_size(ranks[: members[0]])
+    return slice(first, first + stack_size(ranks[members[0] : members[-1] + 1]))
+
+
+def launch_lora_group(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    scaling: float,
-    threshold: int,
-    keep_scale: float,
-    seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = x Wᵀ + b + s (drop(x) Aᵀ) Bᵀ and h = drop(x) Aᵀ.
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    lora_As: list[torch.Tensor],
+    lora_Bs: list[torch.Tensor],
+    scalings: list[float],
+    thresholds: list[int],
+    keep_scales: list[float],
+    seeds: torch.Tensor | None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """y_i = x W_iᵀ + b_i + s_i (drop_i(x) A_iᵀ) B_iᵀ, and every h_i = drop_i(x) A_iᵀ side by side.
 
     Args:
-        x: (rows, in_features), unit column stride.
-        weight, bias, lora_A, lora_B: as in `sensilora.ops.lora_linear`.
-        threshold, keep_scale: of the dropout mask; threshold 0 means none.
-        seed: int64 tensor of one element on x's device, or None without dropout.
+        x: (rows, in_features), contiguous.
+        weights, biases, lora_As, lora_Bs, scalings: one a projection, as in `sensilora.ops.lora_group`.
+        thresholds, keep_scales: of the dropout masks; threshold 0 means none.
+        seeds: int64 tensor on x's device of one element a projection, or of one where they share a mask; None
+            without dropout.
     """
-    rows, rank = x.shape[0], lora_A.shape[0]
-    if rows == 0 or rank == 0:
-        return torch.nn.functional.linear(x, weight, bias), x.new_empty(rows, rank)
-    h = launch_lora_down(x, lora_A, threshold, keep_scale, seed)
-    if product_serves(x, weight.T, rank):
-        return launch_lora_product(x, weight.T, bias, h, lora_B, scaling), h
-    y = torch.nn.functional.linear(x, weight, bias)
-    launch_lora_up(y, h, lora_B, scaling, 0, None)
-    return y, h
+    ranks = [a.shape[0] for a in lora_As]
+    rows = x.shape[0]
+    h = torch.empty(rows, stack_size(ranks), dtype=x.dtype, device=x.device)
+    served = [
+        rows > 0 and rank > 0 and product_serves(x, weight.T, rank) for weight, rank in zip(weights, ranks, strict=True)
+    ]
+    if rows > 0:
+        launched = False
+        for members, threshold, keep_scale, seed in _masks(thresholds, keep_scales, seeds):
+            adapters = [lora_As[i] for i in members if ranks[i] > 0]
+            if adapters:
+                columns = h[:, _columns(ranks, members)]
+                launch_lora_down(
+                    x, adapters, columns, keep_scale, threshold, seed, beside=any(served), overlap=launched
+                )
+                launched = any(served)
+    ys = []
+    # Those that overlap first: a launch of another kind between would end the chain.
+    for i in range(len(weights)):
+        skinny = h[:, _columns(ranks, [i])]
+        if served[i]:
+            product = launch_lora_product(
+                [x], [weights[i].T], biases[i], skinny, [lora_Bs[i].T], scalings[i], [0], [1.0], None
+            )
+            ys.append(product)
+        else:
+            y = torch.nn.functional.linear(x, weights[i], biases[i])
+            if rows > 0 and ranks[i] > 0:
+                launch_lora_up(y, skinny, [lora_Bs[i].T], scalings[i], 0, None)
+            ys.append(y)
+    return ys, h
 
 
-def launch_lora_linear_backward(
-    grad: torch.Tensor,
+def launch_lora_group_backward(
+    grads: list[torch.Tensor],
     x: torch.Tensor,
     h: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    scaling: float,
-    threshold: int,
-    keep_scale: float,
-    seed: torch.Tensor | None,
+    weights: list[torch.Tensor],
+    lora_As: list[torch.Tensor],
+    lora_Bs: list[torch.Tensor],
+    scalings: list[float],
+    thresholds: list[int],
+    keep_scales: list[float],
+    seeds: torch.Tensor | None,
     need_grad_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x (empty unless needed), A and B, the last two in their dtypes; grad (rows, out) contiguous."""
-    rows, rank = x.shape[0], lora_B.shape[1]
-    if rows == 0 or rank == 0:
-        grad_x = torch.mm(grad, weight) if need_grad_x else x.new_empty(0)
-        return grad_x, torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    q, grad_B = launch_lora_grad_b(grad, h, lora_B, scaling)
-    pending = False
-    if not need_grad_x:
-        grad_x = x.new_empty(0)
-    elif threshold == 0 and product_serves(grad, weight, rank):
-        grad_x = launch_lora_product(grad, weight, None, q, lora_A.T, 1.0)
-    else:
-        # After grad_b and before grad_a, which then finds the last rows of grad_x in L2.
-        grad_x, pending = torch.mm(grad, weight), True
-    fused = pending and rank <= MAX_BLOCK_RANK
-    grad_A = launch_lora_grad_a(x, q, lora_A, grad_x if fused else None, threshold, keep_scale, seed)
-    if pending and not fused:
-        launch_lora_up(grad_x, q, lora_A.T, keep_scale, threshold, seed)
-    return grad_x, grad_A, grad_B
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """The gradient of x, of every A and of every B, the last two in their dtypes; grads (rows, out_i) contiguous.
 
-
-def launch_lora_grad_b(grad, h, lora_B, scaling):
-    """q = s dY B in dY's dtype, and dB = s dYᵀ h in B's dtype."""
-    rows, out_features = grad.shape
-    rank, bucket = h.shape[1], _bucket(h.shape[1])
-    block_t, block_n, warps, stages, per_sm = _config("grad_b", rank, grad)
-    strips = triton.cdiv(out_features, block_n)
-    row_tiles = triton.cdiv(rows, block_t)
-    splits = _splits(row_tiles, strips, per_sm, grad.device)
-    q_partial = torch.empty(strips, rows, rank, dtype=torch.float32, device=grad.device)
-    b_partial = torch.empty(splits, out_features, rank, dtype=torch.float32, device=grad.device)
-    _lora_grad_b_kernel[(strips, splits, triton.cdiv(rank, bucket))](
-        grad, h, lora_B, q_partial, b_partial, rows, out_features, rank, lora_B.stride(0),
-        lora_B.stride(1), row_tiles,
-        EVEN_N=out_features % block_n == 0, PRECISION=_precision(grad.dtype),
-        BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=bucket, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    q = torch.empty(rows, rank, dtype=grad.dtype, device=grad.device)
-    grad_B = torch.empty(out_features, rank, dtype=lora_B.dtype, device=grad.device)
-    programs = triton.cdiv(q.numel(), REDUCE_BLOCK)
-    _reduce_kernel[(programs + triton.cdiv(grad_B.numel(), REDUCE_BLOCK),)](
-        q_partial, q, q.numel(), strips, programs, b_partial, grad_B, grad_B.numel(), splits, scaling,
-        BLOCK=REDUCE_BLOCK,
-    )  # fmt: skip
-    return q, grad_B
-
-
-def launch_lora_grad_a(x, q, lora_A, grad_x, threshold, keep_scale, seed):
-    """dA = qᵀ drop(x) in A's dtype; adds mask∘(q A) to grad_x in place unless it is None."""
-    rows, in_features = x.shape
-    rank, bucket = q.shape[1], _bucket(q.shape[1])
-    block_t, block_k, warps, stages, per_sm = _config("grad_a_dropout" if threshold else "grad_a", rank, x)
-    strips = triton.cdiv(in_features, block_k)
-    row_tiles = triton.cdiv(rows, block_t)
-    splits = _splits(row_tiles, strips, per_sm, x.device)
-    a_partial = torch.empty(splits, rank, in_features, dtype=torch.float32, device=x.device)
-    _lora_grad_a_kernel[(strips, splits, triton.cdiv(rank, bucket))](
-        x, q, lora_A, grad_x, a_partial, seed, rows, in_features, rank, x.stride(0), lora_A.stride(0),
-        lora_A.stride(1), threshold, keep_scale, row_tiles,
-        UPDATE_GRAD_X=grad_x is not None, DROPOUT=threshold > 0, EVEN_K=in_features % block_k == 0,
-        PRECISION=_precision(x.dtype), BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=bucket, num_warps=warps,
-        num_stages=stages,
-    )  # fmt: skip
-    grad_A = torch.empty(rank, in_features, dtype=lora_A.dtype, device=x.device)
-    programs = triton.cdiv(grad_A.numel(), REDUCE_BLOCK)
-    _reduce_kernel[(programs,)](
-        a_partial, grad_A, grad_A.numel(), splits, programs, a_partial, grad_A, 0, 0, 1.0, BLOCK=REDUCE_BLOCK
+    That of x is empty unless needed.
+    """
+    ranks = [a.shape[0] for a in lora_As]
+    rows = x.shape[0]
+    grad_As = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in lora_As]
+    grad_Bs = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in lora_Bs]
+    adapted = [i for i, rank in enumerate(ranks) if rank > 0]
+    if rows == 0 or not adapted:
+        for gradient in (*grad_As, *grad_Bs):
+            gradient.zero_()
+        return _base_grad_x(grads, weights) if need_grad_x else x.new_empty(0), grad_As, grad_Bs
+    fused = (
+        need_grad_x
+        and len(grads) <= PRODUCTS
+        and all(product_serves(grad, weight, stack_size(ranks)) for grad, weight in zip(grads, weights, strict=True))
     )
-    return grad_A
+    q = torch.empty(rows, stack_size(ranks), dtype=x.dtype, device=x.device)
+    for i in adapted:
+        columns = q[:, _columns(ranks, [i])]
+        launch_lora_down(
+            grads[i], [lora_Bs[i].T], columns, scalings[i], 0, None, beside=fused, overlap=fused and i != adapted[0]
+        )
+    masks = [
+        ([i for i in members if ranks[i] > 0], *mask) for members, *mask in _masks(thresholds, keep_scales, seeds)
+    ]
+    grad_x, pending = x.new_empty(0), []
+    if fused:
+        grad_x = launch_lora_product(
+            grads, weights, None, q, lora_As, 1.0, thresholds, keep_scales, seeds
+        )
+    elif need_grad_x:
+        for i in adapted:
+            pending += launch_lora_outer(grads[i], h[:, _columns(ranks, [i])], (grad_Bs[i].T,), scalings[i], 0, None)
+        # After the passes over dY and before those over x, which then find the last rows of grad_x in L2.
+        grad_x = _base_grad_x(grads, weights)
+    for members, threshold, keep_scale, seed in masks:
+        if members:
+            columns = q[:, _columns(ranks, members)]
+            adapters = [lora_As[i] for i in members]
+            update = (grad_x, adapters) if need_grad_x and not fused and columns.shape[1] <= MAX_BLOCK_RANK else None
+            outs = tuple(grad_As[i] for i in members)
+            pending += launch_lora_outer(x, columns, outs, keep_scale, threshold, seed, update=update, overlap=fused)
+            if need_grad_x and not fused and update is None:
+                launch_lora_up(grad_x, columns, adapters, keep_scale, threshold, seed)
+    if fused or not need_grad_x:
+        for i in adapted:
+            pending += launch_lora_outer(
+                grads[i], h[:, _columns(ranks, [i])], (grad_Bs[i].T,), scalings[i], 0, None, overlap=fused
+            )
+    launch_reduce(pending)
+    return grad_x, grad_As, grad_Bs
+
+
+def _base_grad_x(grads, weights):
+    grad_x = torch.mm(grads[0], weights[0])
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        grad_x.addmm_(grad, weight)
+    return grad_x

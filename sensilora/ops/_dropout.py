@@ -2,10 +2,12 @@
 
 Counter-based (Philox4x32-10; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), so the mask
 is never stored, does not depend on tiling or thread count, and is the same in forward, in backward and under
-checkpoint replay. One Philox call serves 8 neighbouring columns with 16 bits each:
+checkpoint replay. One Philox call serves 8 columns with 16 bits each, those that one thread holds of a tensor core's
+operand or accumulator (four pairs of neighbours, 8 columns apart), so that no bit has to change threads:
 
-    counter = (column // 8, row mod 2^32, row // 2^32, 0),  key = (seed mod 2^32, seed // 2^32)
-    bits    = 16-bit half (column % 8) of the four output words, low half first
+    counter = (4 (column // 32) + column % 8 // 2, row mod 2^32, row // 2^32, 0)
+    key     = (seed mod 2^32, seed // 2^32)
+    bits    = half (column % 2, low half first) of output word column % 32 // 8
     kept    = bits >= round(65536 p);  kept values are scaled by 65536 / (65536 - round(65536 p))
 
 The scale uses the rounded probability, so the expectation is exact for every p; p = 0 and p = 1 are exact.
@@ -21,8 +23,8 @@ _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
-#: Columns that one Philox call serves.
-LANES = 8
+#: Columns that four Philox calls serve together: (word, call, half) in the order of columns.
+SPAN = 32
 #: Dropout probabilities are multiples of 1 / LEVELS.
 LEVELS = 65536
 
@@ -38,17 +40,19 @@ def keep_scale(p: float) -> float:
     return LEVELS / kept if kept else 0.0
 
 
-def keep_mask(rows: int, columns: int, p: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
+def keep_mask(rows: int, columns: int, p: float, seed: Tensor | int, device: torch.device | str = "cpu") -> Tensor:
     """bool (rows, columns): which elements dropout keeps. Memory: about 100 bytes an element while it runs."""
     row = torch.arange(rows, dtype=torch.int64, device=device).unsqueeze(1)
-    block = torch.arange(-(-columns // LANES), dtype=torch.int64, device=device).unsqueeze(0)
-    row, block = torch.broadcast_tensors(row, block)
-    words = _philox((block, row & _WORD, row >> 32, torch.zeros_like(row)), seed)
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return halves.flatten(1)[:, :columns] >= threshold(p)
+    call = torch.arange(4 * -(-columns // SPAN), dtype=torch.int64, device=device).unsqueeze(0)
+    row, call = torch.broadcast_tensors(row, call)
+    words = _philox((call, row & _WORD, row >> 32, torch.zeros_like(row)), seed)
+    halves = torch.stack([torch.stack((word & 0xFFFF, word >> 16), dim=-1) for word in words], dim=-2)
+    # (row, span, call, word, half) to (row, span, word, call, half), which is the order of columns.
+    bits = halves.unflatten(1, (-1, 4)).transpose(2, 3)
+    return bits.flatten(1)[:, :columns] >= threshold(p)
 
 
-def _philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
+def _philox(counter: tuple[Tensor, ...], seed: Tensor | int) -> tuple[Tensor, ...]:
     """Philox4x32-10 on int64 tensors that hold 32-bit words. The wrapped 64-bit product has the right low 64 bits."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
@@ -64,7 +68,7 @@ def _philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
     return c0, c1, c2, c3
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Tensor | int) -> Tensor:
     """Dropout of `x` (rows, columns) with the mask of `keep_mask`, scaled so that the expectation is `x`."""
     if p == 0.0:
         return x

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from sensilora.ops import _backend
 from sensilora.ops._backend import Implementation
 from sensilora.ops._dropout import dropout, keep_scale, threshold
+from sensilora.ops._lora import cast_for_autocast, check_operands, padded_rank, row_count, rows, seed_tensor
 
 
 def lora_linear(
@@ -43,53 +44,31 @@ def lora_linear(
         (..., out_features) in x's dtype. Differentiable once in `x`, `weight`, `bias`, `lora_A`, `lora_B`.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or `dropout_p` is outside [0, 1].
+        ValueError: shapes, dtypes or devices do not fit, or `dropout_p` is outside [0, 1].
         BackendError: a backend was asked for that cannot serve.
-        RuntimeError: when differentiated twice.
+        RuntimeError: when differentiated twice, or in forward mode.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    _check(x, weight, bias, lora_A, lora_B, dropout_p)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    check_operands(x, weight, bias, lora_A, lora_B, dropout_p)
     if dropout_p == 0.0 or lora_A.shape[0] == 0:
         dropout_p, seed = 0.0, None
-    elif seed is None:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    elif isinstance(seed, int):
-        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    else:
+        seed = seed_tensor(seed, x.device)
     return _lora_linear(x, weight, bias, lora_A, lora_B, float(scaling), float(dropout_p), seed)[0]
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout_p: float) -> None:
-    out_features, in_features = weight.shape
-    rank = lora_A.shape[0]
-    if x.shape[-1] != in_features or lora_A.shape != (rank, in_features) or lora_B.shape != (out_features, rank):
-        raise ValueError(
-            f"shapes do not fit: x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
-            f"lora_A {tuple(lora_A.shape)}, lora_B {tuple(lora_B.shape)}"
-        )
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must have shape {(out_features,)}, not {tuple(bias.shape)}")
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        raise ValueError(f"weight and bias must have x's dtype {x.dtype}, not {weight.dtype}; cast x or use autocast")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1], not {dropout_p}")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Every leading dimension folded into one; reshape(-1, ...) would not do for a last size of 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _seed_value(seed: Tensor | None) -> int:
     return 0 if seed is None else int(seed)
 
 
+def _padded(h: Tensor) -> Tensor:
+    return pad(h, (0, padded_rank(h.shape[1]) - h.shape[1]))
+
+
 def _reference(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
     lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     h = linear(dropout(x, dropout_p, _seed_value(seed)), lora_A)
-    return linear(x, weight, bias) + scaling * linear(h, lora_B), h
+    return linear(x, weight, bias) + scaling * linear(h, lora_B), _padded(h)
 
 
 def _reference_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
@@ -97,7 +76,7 @@ def _reference_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, 
     dropped = dropout(x, dropout_p, _seed_value(seed))
     q = scaling * (grad @ lora_B)
     grad_A = q.T @ dropped
-    grad_B = scaling * (grad.T @ h)
+    grad_B = scaling * (grad.T @ h[:, : lora_A.shape[0]])
     grad_x = x.new_empty(0)
     if need_grad_x:
         grad_x = grad @ weight + dropout(q @ lora_A, dropout_p, _seed_value(seed))
@@ -105,46 +84,36 @@ def _reference_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, 
 
 
 def _native(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
-    return torch.ops.sensilora_C.lora_linear(
-        x, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, dropout_p, _seed_value(seed)
-    )
+    return torch.ops.sensilora_C.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def _native_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
     return torch.ops.sensilora_C.lora_linear_backward(
-        grad, x, h, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, dropout_p, _seed_value(seed), need_grad_x
+        grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x
     )
 
 
 def _triton(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
-    from sensilora.kernels.lora_linear import launch_lora_linear
+    from sensilora.kernels.lora_linear import launch_lora_group
 
+    mask = [threshold(dropout_p)], [keep_scale(dropout_p)]
     with torch.cuda.device_of(x):
-        return launch_lora_linear(
-            x, weight, bias, lora_A, lora_B, scaling, threshold(dropout_p), keep_scale(dropout_p), seed
-        )
+        (y,), h = launch_lora_group(x, [weight], [bias], [lora_A], [lora_B], [scaling], *mask, seed)
+    return y, h
 
 
 def _triton_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
-    from sensilora.kernels.lora_linear import launch_lora_linear_backward
+    from sensilora.kernels.lora_linear import launch_lora_group_backward
 
+    mask = [threshold(dropout_p)], [keep_scale(dropout_p)]
     with torch.cuda.device_of(x):
-        return launch_lora_linear_backward(
-            grad,
-            x,
-            h,
-            weight,
-            lora_A,
-            lora_B,
-            scaling,
-            threshold(dropout_p),
-            keep_scale(dropout_p),
-            seed,
-            need_grad_x,
+        grad_x, (grad_A,), (grad_B,) = launch_lora_group_backward(
+            [grad], x, h, [weight], [lora_A], [lora_B], [scaling], *mask, seed, need_grad_x
         )
+    return grad_x, grad_A, grad_B
 
 
-_NATIVE_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16})
+_NATIVE_DTYPES = _backend.FLOATS
 _TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _backend.register(
     "lora_linear",
@@ -171,15 +140,15 @@ def _lora_linear(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(x).contiguous()
     implementation = _backend.select("lora_linear", x.device, x.dtype)
-    y, h = implementation(rows, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    y, h = implementation(rows(x).contiguous(), weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     return y.reshape(*x.shape[:-1], weight.shape[0]), h
 
 
 @_lora_linear.register_fake
 def _(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.shape[:-1].numel(), lora_A.shape[0])
+    h = x.new_empty(row_count(x), padded_rank(lora_A.shape[0]))
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), h
 
 
 @torch.library.custom_op("sensilora::lora_linear_backward", mutates_args=())
@@ -195,11 +164,10 @@ def _lora_linear_backward(
     seed: Tensor | None,
     need_grad_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _rows(x).contiguous()
-    grad = _rows(grad).contiguous()
+    grad_rows, x_rows = rows(grad).contiguous(), rows(x).contiguous()
     implementation = _backend.select("lora_linear_backward", x.device, x.dtype)
     grad_x, grad_A, grad_B = implementation(
-        grad, rows, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x
+        grad_rows, x_rows, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x
     )
     return grad_x.reshape(x.shape) if need_grad_x else grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
 
@@ -213,19 +181,22 @@ def _(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x)
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, _bias, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed = inputs
     ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], seed)
+    # Or a tensor of zeros would be filled for h, whose gradient nobody asks for.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad: Tensor, _grad_h):
+def _backward(ctx, grad: Tensor | None, _grad_h):
+    if grad is None:
+        return (None,) * 8
     x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
     grad_x, grad_A, grad_B = _lora_linear_backward(
         grad, x, h, weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, ctx.needs_input_grad[0]
     )
     grad_weight = grad_bias = None
-    rows = _rows(grad)
     if ctx.needs_input_grad[1]:
-        grad_weight = rows.T @ _rows(x)
+        grad_weight = rows(grad).T @ rows(x)
     if ctx.needs_input_grad[2]:
-        grad_bias = rows.sum(0)
+        grad_bias = rows(grad).sum(0)
     return grad_x if ctx.needs_input_grad[0] else None, grad_weight, grad_bias, grad_A, grad_B, None, None, None
 
 

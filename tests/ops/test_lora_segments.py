@@ -132,6 +132,17 @@ def test_rows_are_as_lora_linear_gives_them_on_the_whole_batch(on_backend, devic
         assert relative_error(y[first:last], alone[first:last]) <= 1e-6
 
 
+def test_the_seed_may_be_a_number_or_a_tensor(on_backend, device):
+    segments = on(device, [0, 10, 30], [1, 0])
+    tensors = make(30, 40, 24, [3, 5], torch.float32, device)
+    with on_backend(OP, torch.float32):
+        first, *others = (
+            lora_segments(*tensors, [3, 5], [1.0, 2.0], *segments, dropout_ps=0.5, seed=seed)
+            for seed in (9, torch.tensor(9, device=device), torch.tensor([9], device=device), 10)
+        )
+    assert [torch.equal(first, other) for other in others] == [True, True, False]
+
+
 def test_leading_dimensions_fold_into_rows(on_backend, device):
     ranks, offsets, adapters = [3, 5], [0, 4, 11, 24], [1, 0, 1]
     tensors = make(24, 10, 7, ranks, torch.float32, device)
@@ -471,3 +482,66 @@ R, S, O, I = [1, 2], [1.0, 1.0], torch.tensor([0, 2]), torch.tensor([0])
 def test_bad_input(arguments, kwargs, message):
     with pytest.raises(ValueError, match=message):
         lora_segments(*arguments, **kwargs)
+
+
+@pytest.mark.parametrize("ranks", [(3, 20, 0, 16), (70, 5, 130, 1)])
+def test_triton_product_under_the_interpreter(ranks):
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    from sensilora.kernels import lora_segments as kernels
+    from sensilora.ops.lora_segments import _tables
+
+    rows, columns, reduced = 300, 264, 48
+    offsets, adapters = torch.tensor([0, 7, 7, 140, 200, 290]), torch.tensor([1, 0, 3, 2, 0])
+    scalings = (0.5, 1.0, 2.0, 0.7)
+    ints, floats = _tables(ranks, scalings, (0.0,) * 4, torch.device("cpu"))
+    segments = kernels._Segments(ints, floats, offsets, adapters, None, max(ranks), False)
+    left, matrix = torch.randn(rows, reduced, dtype=torch.float16), (torch.randn(reduced, columns) / 7).half()
+    skinny = torch.randn(rows, 144, dtype=torch.float16)
+    updates, bias = torch.randn(sum(ranks), columns), torch.randn(columns, dtype=torch.float16)
+    expected = left.double() @ matrix.double() + bias.double()
+    for i, adapter in enumerate(adapters.tolist()):
+        first, rank = sum(ranks[:adapter]), ranks[adapter]
+        own = slice(int(offsets[i]), int(offsets[i + 1]))
+        low_rank = skinny[own, :rank].double() @ updates[first : first + rank].double()
+        expected[own] += scalings[adapter] * low_rank
+    # What lies behind a row's rank may hold anything.
+    for row in range(rows):
+        inside = [i for i in range(5) if offsets[i] <= row < offsets[i + 1]]
+        skinny[row, ranks[adapters[inside[0]]] if inside else 0 :] = float("nan")
+    for stored in (matrix, matrix.T.contiguous().T):
+        got = kernels._product(left, stored, bias, skinny, updates, segments, scaled=True)
+        assert relative_error(got, expected) <= 2 * RELATIVE[torch.float16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_triton_product_with_segments_in_its_accumulator(dtype, p):
+    from sensilora.kernels.lora_linear import product_serves
+
+    rows, ranks, scalings = 3000, [4, 0, 17, 64, 130], [1.0, 0.5, 2.0, 0.7, 0.3]
+    offsets = torch.tensor([0, 5, 5, 700, 1024, 1500, 2990], device="cuda")
+    adapters = torch.tensor([0, 3, 4, 2, 1, 0], device="cuda")
+    x, weight = (
+        torch.randn(rows, 512, device="cuda", dtype=dtype),
+        torch.randn(328, 512, device="cuda").to(dtype) / 23,
+    )
+    lora_A = torch.randn(sum(ranks), 512, device="cuda") / 23
+    lora_B = torch.randn(328, sum(ranks), device="cuda") / 8
+    assert product_serves(x, weight.T, max(ranks))
+    upstream = torch.randn(rows, 328, device="cuda", dtype=dtype)
+    results = []
+    for name, kind in (("triton", dtype), ("torch", torch.float64)):
+        operands = [t.to(kind).detach().requires_grad_() for t in (x, weight)]
+        adapter = [
+            t.detach().clone().to(kind if name == "torch" else t.dtype).requires_grad_() for t in (lora_A, lora_B)
+        ]
+        with use_backend(name):
+            y = lora_segments(
+                operands[0], operands[1].detach(), None, *adapter, ranks, scalings, offsets, adapters, dropout_ps=p,
+                seed=3,
+            )  # fmt: skip
+        results.append((y, *torch.autograd.grad(y, (operands[0], *adapter), upstream.to(kind))))
+    for got, expected in zip(*results, strict=True):
+        assert relative_error(got, expected) <= 4 * RELATIVE[dtype]
