@@ -168,8 +168,9 @@ def set_adapter_ids(
     captured with ids can be replayed with others: set as many ids and call replay. A name for all samples is no part
     of that, since it is known on the host: it decides which kernels run.
 
-    While none are set, an adapter that is alone serves every sample. Where a part of the forward pass is
-    run again in the backward pass (gradient checkpointing), the same ids must be set then.
+    With a name for all, the other adapters take no part in the backward pass; with ids, adapters that no sample uses
+    get gradients of zero. While nothing is set, an adapter that is alone serves every sample. Where a part of the
+    forward pass is run again in the backward pass (gradient checkpointing), the same ids must be set then.
 
     Args:
         model: carries named adapters; a lone `MultiLoRALinear` will do.
@@ -213,8 +214,8 @@ def adapter_ids(
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """One adapter's parameters by their names in the model, such as for an optimiser of its own.
 
-    An adapter that no sample of a batch uses gets gradients of zero, not none; give adapters optimisers of their own
-    where a step without samples should not decay their weights.
+    In a batch with ids, an adapter that no sample uses gets gradients of zero, not none; give adapters optimisers of
+    their own where a step without samples should not decay their weights.
 
     Raises:
         AdapterError: the model has no such adapter.
