@@ -42,11 +42,11 @@ const int64_t* as_int64(const Tensor& tensor, const char* name) {
   return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 
-int64_t seed_value(const std::optional<Tensor>& seed, const std::vector<double>& dropout_ps) {
-  if (std::none_of(dropout_ps.begin(), dropout_ps.end(), drops_any)) return 0;
-  STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "dropout needs a seed, an int64 tensor of one element");
-  return *static_cast<const int64_t*>(seed->const_data_ptr());
+// 0 where no adapter drops anything.
+int64_t seed_value(const std::optional<Tensor>& seed, const std::vector<double>& dropout_ps, const Tensor& x) {
+  const auto largest = std::max_element(dropout_ps.begin(), dropout_ps.end());
+  const int64_t* value = seed_pointer(seed, largest == dropout_ps.end() ? 0.0 : *largest, x);
+  return value == nullptr ? 0 : *value;
 }
 
 // The adapters of any rank that have rows, after checks of every argument but grad and h.
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> lora_segments(const Tensor& x, const Tensor& weight, 
   const NoGrad guard;
   const std::vector<Adapter> in_use =
       adapters_in_use(x, weight, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters);
-  const int64_t out = weight.size(0), key = seed_value(seed, dropout_ps);
+  const int64_t out = weight.size(0), key = seed_value(seed, dropout_ps, x);
   const int64_t max_rank = ranks.empty() ? 0 : *std::max_element(ranks.begin(), ranks.end());
   const int64_t h_columns = ceil_div(max_rank, 16) * 16;  // as every backend, aligned for kernels
   Tensor y = torch::stable::new_empty(x, {x.size(0), out});
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_segments_backward(
   const NoGrad guard;
   const std::vector<Adapter> in_use =
       adapters_in_use(x, weight, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters);
-  const int64_t key = seed_value(seed, dropout_ps);
+  const int64_t key = seed_value(seed, dropout_ps, x);
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == weight.size(0),
                   "grad must have shape (", x.size(0), ", ", weight.size(0), ")");
   STD_TORCH_CHECK(h.dim() == 2 && h.size(0) == x.size(0), "h must have ", x.size(0), " rows");
