@@ -50,6 +50,10 @@ def test_registered_ops_are_those_of_the_schema_file():
     assert len(declared) >= 6
     assert registered == {f"sensilora_C::{name}" for name in declared}
     assert all(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU") for name in registered)
+    for path in (ROOT / "csrc").glob("*_cuda.cu"):
+        for name in re.findall(r'm\.impl\("(\w+)"', path.read_text()):
+            on_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"sensilora_C::{name}", "CUDA")
+            assert on_cuda == importlib.import_module("sensilora._C").cuda, name
 
 
 @built
