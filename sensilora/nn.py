@@ -354,6 +354,9 @@ class SharedInput:
         if not inputs or len(together) < 2:
             return None
         x = inputs[0]
+        # Another thread may be at the same tensor.
+        if any(call.owner is self for call in _calls_at(x)):
+            return None
         # torch.compile can mark what is made here, but not what a checkpointed region was called with.
         marked = x.view_as(x) if torch.compiler.is_compiling() else x
         _mark(marked, (*_calls_at(x), _SharedCall(self, together)))
@@ -380,7 +383,7 @@ class SharedInput:
     def _close(self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         for argument in (*args, *kwargs.values()):
             for call in _calls_at(argument):
-                if call.owner is self:
+                if call.owner is self and call.thread == _thread():
                     _mark(argument, tuple(other for other in _calls_at(argument) if other is not call))
                     # After an exception there is no output, and a layer that was not called says nothing.
                     if call.in_vain() and output is not None and not self._may_be_replayed():
@@ -403,6 +406,7 @@ class _SharedCall:
     def __init__(self, owner: SharedInput, together: tuple[int, ...]) -> None:
         self.owner = owner
         self.together = together
+        self.thread = _thread()
         self.served: tuple[int, ...] = ()
         self._ahead: dict[int, Tensor] = {}
         self._state: tuple[Any, ...] = ()
@@ -415,7 +419,7 @@ class _SharedCall:
         """What `layer` gives for `x`, the marked tensor, or None if it must compute that itself."""
         # By identity: a replica of the layer may be called with a marked tensor too.
         position = next((i for i in self.together if self.owner.layers[i] is layer), None)
-        if position is None or not layer.adapts:
+        if position is None or not layer.adapts or self.thread != _thread():
             return None
         if not self._ahead:
             adapted = [i for i in self.together if self.owner.layers[i].adapts]
@@ -433,22 +437,25 @@ def _mark(x: Any, calls: tuple[_SharedCall, ...]) -> None:
     if calls or torch.compiler.is_compiling():
         x._shared_calls = calls
     else:
-        del x._shared_calls
+        x.__dict__.pop("_shared_calls", None)
 
 
 def _calls_at(x: Any) -> tuple[_SharedCall, ...]:
     return getattr(x, "_shared_calls", ()) if isinstance(x, Tensor) else ()
 
 
+def _thread() -> int:
+    # What torch.compile traces is one thread's.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What must be as it was for a layer's output on `x` to be as it was, while the parent runs."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    # torch.compile knows neither threads nor versions, and turns changes in place into new tensors.
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled(), autocast
-    # Inference tensors have no version.
-    return torch.is_grad_enabled(), autocast, threading.get_ident(), None if x.is_inference() else x._version
+    # Inference tensors have no version, and torch.compile turns changes in place into new tensors.
+    version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+    return torch.is_grad_enabled(), autocast, version
 
 
 #: The name that stands for no adapter, as in PEFT's ``adapter_names``.

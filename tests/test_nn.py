@@ -62,6 +62,14 @@ def test_formula_and_gradients(kind):
     assert not layer.bias.requires_grad
 
 
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8)])
+def test_the_output_may_be_changed_in_place(shape):
+    layer = trained(nn.Linear(8, 6))
+    x = torch.randn(shape)
+    wanted = torch.autograd.grad((2 * layer(x)).sum(), layer.lora_B)
+    torch.testing.assert_close(torch.autograd.grad(layer(x).mul_(2).sum(), layer.lora_B), wanted)
+
+
 def test_no_bias_and_no_input_gradient():
     layer = trained(nn.Linear(8, 6, bias=False))
     layer(torch.randn(3, 8)).sum().backward()

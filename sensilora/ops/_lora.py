@@ -91,6 +91,12 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(row_count(x), x.shape[-1])
 
 
+def unfolded(y: Tensor, x: Tensor) -> Tensor:
+    """The rows of `y` in the leading dimensions of `x`. Not as a view: views that an op returns may not be changed."""
+    unfolded_y: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    return unfolded_y
+
+
 def row_count(x: Tensor) -> int:
     """Product of the leading dimensions; torch.Size.numel would fix a symbolic size under torch.compile."""
     return math.prod(x.shape[:-1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from sensilora.ops import _backend
 from sensilora.ops._backend import Implementation
 from sensilora.ops._dropout import keep_scale, threshold
-from sensilora.ops._lora import cast_for_autocast, check_operands, columns_of_h, draw_seeds, rows
+from sensilora.ops._lora import cast_for_autocast, check_operands, columns_of_h, draw_seeds, row_count, rows, unfolded
 from sensilora.ops.lora_linear import (
     _NATIVE_DTYPES,
     _TRITON_DTYPES,
@@ -177,13 +177,13 @@ def _lora_group(
     outputs, h = implementation(
         rows(x).contiguous(), weights, all_biases, lora_As, lora_Bs, scalings, dropout_ps, seeds
     )
-    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs], h
+    return [unfolded(y, x) for y in outputs], h
 
 
 @_lora_group.register_fake
 def _(x, weights, biases, has_bias, lora_As, lora_Bs, scalings, dropout_ps, seeds):
     outputs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    return outputs, x.new_empty(x.shape[:-1].numel(), columns_of_h([lora_A.shape[0] for lora_A in lora_As])[-1].stop)
+    return outputs, x.new_empty(row_count(x), columns_of_h([lora_A.shape[0] for lora_A in lora_As])[-1].stop)
 
 
 @torch.library.custom_op("sensilora::lora_group_backward", mutates_args=())

@@ -9,7 +9,15 @@ from torch.nn.functional import linear, pad
 from sensilora.ops import _backend
 from sensilora.ops._backend import Implementation
 from sensilora.ops._dropout import dropout, keep_scale, threshold
-from sensilora.ops._lora import cast_for_autocast, check_operands, padded_rank, row_count, rows, seed_tensor
+from sensilora.ops._lora import (
+    cast_for_autocast,
+    check_operands,
+    padded_rank,
+    row_count,
+    rows,
+    seed_tensor,
+    unfolded,
+)
 
 
 def lora_linear(
@@ -142,7 +150,7 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     implementation = _backend.select("lora_linear", x.device, x.dtype)
     y, h = implementation(rows(x).contiguous(), weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), h
+    return unfolded(y, x), h
 
 
 @_lora_linear.register_fake

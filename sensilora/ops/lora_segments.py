@@ -12,7 +12,15 @@ from torch.nn.functional import linear
 from sensilora.ops import _backend
 from sensilora.ops._backend import Implementation
 from sensilora.ops._dropout import dropout, keep_scale, threshold
-from sensilora.ops._lora import cast_for_autocast, check_operands, padded_rank, row_count, rows, seed_tensor
+from sensilora.ops._lora import (
+    cast_for_autocast,
+    check_operands,
+    padded_rank,
+    row_count,
+    rows,
+    seed_tensor,
+    unfolded,
+)
 
 
 def lora_segments(
@@ -240,7 +248,7 @@ def _lora_segments(
     y, h = implementation(
         rows(x).contiguous(), weight, bias, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters, seed
     )
-    return y.reshape(*x.shape[:-1], weight.shape[0]), h
+    return unfolded(y, x), h
 
 
 @_lora_segments.register_fake
