@@ -119,7 +119,7 @@ template <class T, int kRanks, bool kAligned, bool kDropout>
 __global__ void __launch_bounds__(32 * kDownWarps, kAligned && kRanks <= (kDropout ? 16 : 32) ? 2 : 1)
     down_kernel(Rows<const uint16_t> x, const uint16_t* __restrict__ lora_A, int padded, Dropout dropout, float scale,
                 uint16_t* __restrict__ h, int rank, int h_columns, uint16_t* __restrict__ padded_h) {
-  __shared__ float parts[kDownWarps][kTileRows][kRanks];
+  alignas(8) __shared__ float parts[kDownWarps][kTileRows][kRanks];
   const int warp = threadIdx.x / 32, g = lane_g(), t = lane_t();
   const int64_t first_row = int64_t{blockIdx.x} * (kDownTiles * kTileRows);
   const int64_t seed = kDropout ? *dropout.seed : 0;
@@ -336,7 +336,8 @@ __device__ inline void add_sums_over_rows(float (&total)[kRanks / 16][8][4], con
 
 // Writes total to (kRanks, padded) at 64 columns from `column` on.
 template <int kRanks>
-__device__ inline void write_sums_over_rows(float* to, int padded, int column, const float (&total)[kRanks / 16][8][4]) {
+__device__ inline void write_sums_over_rows(float* to, int padded, int column,
+                                            const float (&total)[kRanks / 16][8][4]) {
 #pragma unroll
   for (int m = 0; m < kRanks / 16; ++m)
 #pragma unroll
@@ -360,14 +361,14 @@ __device__ inline int64_t tile_row(int64_t rows, int64_t turn, int splits, int s
 constexpr int kGradBWarps = 8;
 
 // One read of grad (rows, out): q_partial (strips, rows, kRanks) of grad B, and b_partial (splits, kRanks, padded) of
-// (grad^T h)^T. h is (rows, kRanks), rows h_stride apart; lora_B is (kRanks, padded), transposed. A block has a strip of 512 columns and the
-// rows of one split.
+// (grad^T h)^T. h is (rows, kRanks), rows h_stride apart; lora_B is (kRanks, padded), transposed. A block has a strip of
+// 512 columns and the rows of one split.
 template <class T, int kRanks, bool kAligned>
 __global__ void __launch_bounds__(32 * kGradBWarps, kAligned && kRanks == 16 ? 2 : 1)
     grad_b_kernel(Rows<const uint16_t> grad, const uint16_t* __restrict__ h, int64_t h_stride, const uint16_t* lora_B,
                   int padded, int strips, float* __restrict__ q_partial, float* __restrict__ b_partial) {
   constexpr int kBuffers = kRanks <= 32 ? 2 : 1;  // two spare a barrier, where they fit into 48 KB
-  __shared__ float parts[kBuffers][kGradBWarps][kTileRows][kRanks];
+  alignas(8) __shared__ float parts[kBuffers][kGradBWarps][kTileRows][kRanks];
   const int warp = threadIdx.x / 32, g = lane_g(), t = lane_t();
   const int strip = blockIdx.x % strips, split = blockIdx.x / strips, splits = gridDim.x / strips;
   const int column = (strip * kGradBWarps + warp) * kTileColumns;

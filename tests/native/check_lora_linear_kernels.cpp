@@ -26,7 +26,8 @@ struct Matrix16 {
       : rows(rows), columns(columns), stride(stride), offset(offset), storage(offset + rows * stride + 8, 0x7FFF) {
     std::normal_distribution<float> normal(0, static_cast<float>(deviation));
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) data()[i * stride + j] = static_cast<uint16_t>(T::pack(normal(generator), 0));
+      for (int64_t j = 0; j < columns; ++j)
+        data()[i * stride + j] = static_cast<uint16_t>(T::pack(normal(generator), 0));
   }
   uint16_t* data() { return storage.data() + offset; }
   double at(int64_t i, int64_t j) const { return T::low(storage[offset + i * stride + j]); }
@@ -90,8 +91,8 @@ void check(int64_t rows, int64_t in, int64_t out, int64_t rank, int64_t offset) 
   const int64_t h_columns = (rank + 15) / 16 * 16;
   Matrix16<T> h(rows, h_columns, h_columns, 0, 0), padded_h(rows, kRanks, kRanks, 0, 0);
   launch(down_kernel<T, kRanks, kAligned, kDropout>, (rows + 31) / 32, 32 * kDownWarps, x.rows_in(), packed_A.data(),
-         static_cast<int>(padded(in)), dropout, keep_scale, h.data(), static_cast<int>(rank), static_cast<int>(h_columns),
-         padded_h.data());
+         static_cast<int>(padded(in)), dropout, keep_scale, h.data(), static_cast<int>(rank),
+         static_cast<int>(h_columns), padded_h.data());
   const auto want_h = [&](int64_t i, int64_t r) {
     double sum = 0;
     for (int64_t j = 0; j < in; ++j) sum += dropped(i, j) * A.at(r, j);
@@ -124,8 +125,8 @@ void check(int64_t rows, int64_t in, int64_t out, int64_t rank, int64_t offset) 
   const Kind kind = std::is_same_v<T, HalfBits> ? Kind::kHalf : Kind::kBfloat16;
   const int64_t splits = 3;
   std::vector<float> q_partial(strips * rows * kRanks, NAN), b_partial(splits * kRanks * padded(out), NAN);
-  launch(grad_b_kernel<T, kRanks, kAligned>, strips * splits, 32 * kGradBWarps, grad.rows_in(), padded_h.data(), int64_t{kRanks},
-         transposed_B.data(), static_cast<int>(padded(out)), strips, q_partial.data(), b_partial.data());
+  launch(grad_b_kernel<T, kRanks, kAligned>, strips * splits, 32 * kGradBWarps, grad.rows_in(), padded_h.data(),
+         int64_t{kRanks}, transposed_B.data(), static_cast<int>(padded(out)), strips, q_partial.data(), b_partial.data());
   Matrix16<T> q(rows, kRanks, kRanks, 0, 0);
   std::vector<float> grad_B(out * rank, NAN), grad_A(rank * in, NAN);
   Jobs<ReduceJob> reduce;
