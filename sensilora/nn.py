@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sensilora.errors import AdapterError, RankError
 from sensilora.ops import lora_group, lora_linear, lora_segments
-from sensilora.ops._lora import draw_seeds
+from sensilora.ops._lora import autocast_dtype, draw_seeds
 from sensilora.targets import is_conv1d, is_matrix, matrix_shape
 
 INITS = ("kaiming", "gaussian")
@@ -451,11 +451,9 @@ def _thread() -> int:
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What must be as it was for a layer's output on `x` to be as it was, while the parent runs."""
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     # Inference tensors have no version, and torch.compile turns changes in place into new tensors.
     version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
-    return torch.is_grad_enabled(), autocast, version
+    return torch.is_grad_enabled(), autocast_dtype(x.device), version
 
 
 #: The name that stands for no adapter, as in PEFT's ``adapter_names``.
@@ -776,7 +774,8 @@ class MultiLoRALinear(nn.Module):
             weight,
             self.bias,
             torch.cat([self.lora_A[name] for name in own]),
-            torch.cat([self.lora_B[name] for name in own], dim=1),
+            # Stacked as its transpose, which kernels read along contiguous rows.
+            torch.cat([self.lora_B[name].t() for name in own]).t(),
             ranks,
             [self.scaling.get(name, 0.0) for name in names],
             offsets,

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import sensilora.nn
 from sensilora import adapters
 from sensilora.adapters import adapter_layers, inject, load_adapter, merge, save_adapter, unload
 from sensilora.errors import AdapterError, OutputExistsError, PlanError
 from sensilora.nn import VarRankLoRALinear
 from sensilora.plan import RankPlan
 from sensilora.targets import find_targets, fingerprint, matrix_shape
+from tests.tolerances import relative_error
 
 transformers = pytest.importorskip("transformers")
 
@@ -381,3 +383,188 @@ class TestDamagedAdapter:
 )
 def test_patterns_follow_pefts_rule(patterns, expected):
     assert adapters._pattern_value(patterns, "a.q", 8) == expected
+
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+FEWER_KEYS = {**SIZES, "num_key_value_heads": 1}
+TWO_STACKS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+# Model class, fields of its config, and the sizes of the groups in one forward pass.
+FAMILIES = {
+    "LlamaForCausalLM": (FEWER_KEYS, [3, 2] * 2),
+    "Qwen2ForCausalLM": (FEWER_KEYS, [3, 2] * 2),
+    "Qwen3ForCausalLM": ({**FEWER_KEYS, "head_dim": 8}, [3, 2] * 2),
+    "MistralForCausalLM": (FEWER_KEYS, [3, 2] * 2),
+    "GemmaForCausalLM": ({**FEWER_KEYS, "head_dim": 8}, [3, 2] * 2),
+    "PhiForCausalLM": (SIZES, [3] * 2),
+    "BertForSequenceClassification": (SIZES, [3] * 2),
+    "RobertaForSequenceClassification": (SIZES, [3] * 2),
+    "DistilBertForSequenceClassification": (
+        {"vocab_size": 50, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 32},
+        [3] * 2,
+    ),
+    "OPTForCausalLM": ({**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16}, [3] * 2),
+    "ViTForImageClassification": ({**SIZES, "image_size": 8, "patch_size": 4}, [3] * 2),
+    "GPT2LMHeadModel": ({"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}, []),
+    # The encoder, then the decoder, whose cross-attention reads its query elsewhere.
+    "T5ForConditionalGeneration": (
+        {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
+         "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0},
+        [3, 2] * 2 + [3, 2, 2] * 2,
+    ),
+    "BartForConditionalGeneration": (
+        {"vocab_size": 50, "d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+         "max_position_embeddings": 32, **TWO_STACKS},
+        [3] * 2 + [3, 2] * 2,
+    ),
+}  # fmt: skip
+
+
+class TestGroups:
+    @pytest.fixture
+    def group_calls(self, monkeypatch):
+        """Sizes of the groups that were computed by one op."""
+        sizes, lora_group = [], sensilora.nn.lora_group
+
+        def counted(x, weights, *args, **kwargs):
+            sizes.append(len(weights))
+            return lora_group(x, weights, *args, **kwargs)
+
+        monkeypatch.setattr(sensilora.nn, "lora_group", counted)
+        return sizes
+
+    def build(self, family):
+        torch.manual_seed(1)
+        model_class = getattr(transformers, family)
+        return model_class(model_class.config_class(**FAMILIES[family][0])).train()
+
+    def inputs(self, family):
+        if family.startswith("ViT"):
+            return {"pixel_values": torch.linspace(-1, 1, 384).reshape(2, 3, 8, 8)}
+        inputs = {"input_ids": torch.arange(4, 12).reshape(2, 4)}
+        if "Conditional" in family:
+            inputs["decoder_input_ids"] = torch.arange(6).reshape(2, 3)
+        return inputs
+
+    def step(self, model, family):
+        """Logits and every gradient."""
+        torch.manual_seed(3)
+        model.zero_grad()
+        logits = model(**self.inputs(family)).logits
+        logits.square().mean().backward()
+        return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    def pair(self, family, **kwargs):
+        """The same adapted model twice: with groups and without."""
+        models = []
+        for groups in (True, False):
+            model = self.build(family)
+            shapes = {name: matrix_shape(module) for name, module in find_targets(model).items()}
+            plan = RankPlan.uniform(shapes, 1, scaling=1.5, fingerprint=fingerprint(model))
+            plan = plan.with_ranks({name: index % 4 + 1 for index, name in enumerate(shapes)})
+            models.append(trained(model, plan, groups=groups, **kwargs))
+        models[0].load_state_dict(models[1].state_dict())
+        return models
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_every_family_computes_its_groups_by_one_op_with_equal_results(self, family, group_calls):
+        together, alone = self.pair(family, dropout=0.2)
+        assert list(together.state_dict()) == list(alone.state_dict())
+        for _ in range(2):
+            group_calls.clear()
+            logits, gradients = self.step(together, family)
+            assert group_calls == FAMILIES[family][1]
+        expected_logits, expected = self.step(alone, family)
+        assert group_calls == FAMILIES[family][1]
+        assert relative_error(logits, expected_logits) < 1e-6
+        assert gradients.keys() == expected.keys()
+        for name in gradients:
+            assert relative_error(gradients[name], expected[name]) < 1e-5, name
+
+    def test_layers_without_a_rank_are_left_out(self, group_calls):
+        family = "LlamaForCausalLM"
+        model = self.build(family)
+        shapes = {name: matrix_shape(module) for name, module in find_targets(model).items()}
+        ranks = {
+            "layers.0.self_attn.q_proj": 0,
+            "layers.1.self_attn.q_proj": 0,
+            "layers.1.self_attn.k_proj": 0,
+            "layers.0.mlp.up_proj": 0,
+        }
+        plan = RankPlan.uniform(shapes, 2, fingerprint=fingerprint(model))
+        inject(model, plan.with_ranks({f"model.{name}": rank for name, rank in ranks.items()}))
+        self.step(model, family)
+        assert group_calls == [2, 2]
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    @pytest.mark.parametrize("family", ["LlamaForCausalLM", "BartForConditionalGeneration"])
+    def test_gradient_checkpointing(self, family, use_reentrant, group_calls):
+        together, alone = self.pair(family, dropout=0.3)
+        for model in (together, alone):
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        (logits, gradients), (expected_logits, expected) = self.step(together, family), self.step(alone, family)
+        assert group_calls
+        assert relative_error(logits, expected_logits) < 1e-6
+        for name in expected:
+            assert relative_error(gradients[name], expected[name]) < 1e-5, name
+
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_compiles_whole(self, backend, group_calls):
+        torch._dynamo.reset()
+        together, alone = self.pair("LlamaForCausalLM")
+        compiled = torch.compile(together, fullgraph=True, backend=backend)
+        for _ in range(2):
+            logits, gradients = self.step(compiled, "LlamaForCausalLM")
+        assert group_calls == [3, 2] * 4
+        expected_logits, expected = self.step(alone, "LlamaForCausalLM")
+        assert relative_error(logits, expected_logits) < 1e-5
+        for name in expected:
+            assert relative_error(gradients[f"_orig_mod.{name}"], expected[name]) < 1e-5, name
+
+    @pytest.mark.parametrize("family", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
+    def test_generation(self, family, group_calls):
+        together, alone = (model.eval() for model in self.pair(family))
+        ids = torch.arange(4, 12).reshape(2, 4)
+        arguments = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(together.generate(ids, **arguments), alone.generate(ids, **arguments))
+        assert group_calls
+
+    def test_files_loading_and_unloading(self, tmp_path, group_calls):
+        family = "LlamaForCausalLM"
+        together, alone = self.pair(family)
+        for name, model in (("together", together), ("alone", alone)):
+            save_adapter(model, tmp_path / name)
+        for file in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+            assert (tmp_path / "together" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+        loaded = load_adapter(self.build(family), tmp_path / "alone")
+        assert torch.equal(self.step(loaded, family)[0], self.step(together, family)[0])
+        assert group_calls == [3, 2] * 4
+        group_calls.clear()
+        self.step(load_adapter(self.build(family), tmp_path / "alone", groups=False), family)
+        assert group_calls == []
+        unload(loaded)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.modules())
+
+    def test_merging_and_copies(self, group_calls):
+        family = "LlamaForCausalLM"
+        together, alone = self.pair(family)
+        other = copy.deepcopy(together)
+        for model in (other, alone):
+            model.model.layers[0].self_attn.q_proj.merge()
+            model.model.layers[0].mlp.up_proj.resize_rank(0)
+        assert relative_error(self.step(other, family)[0], self.step(alone, family)[0]) < 1e-6
+        assert group_calls == [2, 3, 2]
+        merge(other)
+        group_calls.clear()
+        with torch.no_grad():
+            other(**self.inputs(family))
+        assert group_calls == []
+        self.step(together, family)
+        assert group_calls == [3, 2] * 2

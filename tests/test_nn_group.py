@@ -423,6 +423,10 @@ class TestSharedInput:
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.1)
         assert calls.groups == [3]
 
+    def test_meta_tensors_have_shapes(self):
+        together, _, _ = attention()
+        assert together.to("meta")(torch.empty(5, 8, device="meta")).shape == (5, 6)
+
     def test_no_grad_and_inference_mode(self, calls):
         together, alone, _ = attention()
         x = torch.randn(5, 8)

@@ -12,13 +12,19 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes products in at present, or None."""
+    # Asking a device that has no autocast is an error, and torch 2.11 cannot trace the question whether it has one.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def cast_for_autocast(x: Tensor, *operands: Tensor | None) -> tuple[Any, ...]:
     """`x` and the frozen operands in the dtype in which ``torch.nn.functional.linear`` would take them."""
-    device = x.device.type
-    # The question whether autocast is enabled is an error for devices that have none, such as meta.
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
         return x, *operands
-    dtype = torch.get_autocast_dtype(device)
     return tuple(
         tensor.to(dtype) if tensor is not None and _autocasts(tensor) else tensor for tensor in (x, *operands)
     )
@@ -92,7 +98,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def unfolded(y: Tensor, x: Tensor) -> Tensor:
-    """The rows of `y` in the leading dimensions of `x`. Not as a view: views that an op returns may not be changed."""
+    """The rows of `y` in the leading dimensions of `x`; no view, which could not be changed in place."""
     unfolded_y: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
     return unfolded_y
 
