@@ -25,7 +25,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("Allotting ranks", "", [("sensilora.allocate", sensilora.allocate), ("sensilora.RankPlan", sensilora.RankPlan)]),
     ("Adapters", "", [(f"sensilora.{name}", getattr(sensilora, name))
                       for name in ("inject", "merge", "unload", "save_adapter", "load_adapter")]
-     + [("sensilora.nn.VarRankLoRALinear", sensilora.nn.VarRankLoRALinear)]),
+     + [(f"sensilora.nn.{name}", getattr(sensilora.nn, name)) for name in ("VarRankLoRALinear", "VarRankLoRAGroup")]),
     ("Several adapters in one batch", "", [(f"sensilora.mixed.{name}", getattr(sensilora.mixed, name))
       for name in ("add_adapter", "load_adapter", "save_adapter", "delete_adapter", "merge", "set_adapter_ids",
                    "adapter_ids", "adapter_names", "adapter_parameters", "set_requires_grad")]
@@ -34,7 +34,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("Operations", "Each has a plain torch reference and faster backends; see the table in the README.",
      [(f"sensilora.ops.{name}", getattr(sensilora.ops, name))
       for name in ("autocorrelation_diag", "fisher_diag", "diagonal_metrics", "DiagonalMetrics", "lora_linear",
-                   "lora_segments")]
+                   "lora_group", "lora_segments")]
      + [("sensilora.use_backend", sensilora.use_backend)]),
     ("Pictures", "", [("sensilora.plots.plot_ranks", sensilora.plots.plot_ranks),
                       ("sensilora.plots.plot_training", sensilora.plots.plot_training)]),
