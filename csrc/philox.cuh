@@ -27,7 +27,7 @@ __device__ inline Kept kept_columns(int64_t seed, uint32_t bound, int64_t row, u
   uint32_t key0 = static_cast<uint32_t>(seed);
   uint32_t key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
 #pragma unroll
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53} * c0;
     const uint64_t product1 = uint64_t{0xCD9E8D57} * c2;
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;

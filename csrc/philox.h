@@ -1,4 +1,4 @@
-// The dropout mask: Philox4x32-10 keyed by the seed and counted by (column block, row), so that it depends on
+// The dropout mask: Philox4x32-7 keyed by the seed and counted by (column block, row), so that it depends on
 // neither tiling nor threads, and forward and backward make it anew instead of storing it.
 //
 // Element (row t, column c) belongs to call n = 4 (c / 32) + c % 8 / 2. Counter (n, t low, t high, 0), key (seed low,
@@ -28,7 +28,7 @@ SENSILORA_INLINE void philox_bits(uint32_t block, int64_t row, int64_t seed, uin
   }
   uint32_t key0 = static_cast<uint32_t>(seed);
   uint32_t key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     for (int i = 0; i < kPhiloxBlocks; ++i) {
       const uint64_t product0 = uint64_t{0xD2511F53} * c0[i];
       const uint64_t product1 = uint64_t{0xCD9E8D57} * c2[i];

@@ -9,8 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 on uint32 tensors: four random words a counter (Salmon et al., SC 2011)."""
-    for _ in tl.static_range(10):
+    """Philox4x32-7 on uint32 tensors: four random words a counter (Salmon et al., SC 2011)."""
+    for _ in tl.static_range(7):
         high0 = tl.umulhi(c0, tl.full((), 0xD2511F53, tl.uint32))
         low0 = c0 * tl.full((), 0xD2511F53, tl.uint32)
         high1 = tl.umulhi(c2, tl.full((), 0xCD9E8D57, tl.uint32))

@@ -16,6 +16,7 @@ a multiple of 16, only the bucket (16, 32, 64, 128) is compiled in, and ranks ab
 their own dtype and rounded to x's in registers.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -59,7 +60,7 @@ def _finish_after_previous():
         gdc_wait()
 
 
-@triton.jit(do_not_specialize=["ranks", "threshold", "split_size"])
+@triton.jit(do_not_specialize=["threshold"])
 def _lora_down_kernel(
     x,
     matrices,
@@ -80,13 +81,12 @@ def _lora_down_kernel(
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
-    LATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """h (rows, columns) = scale * drop(x) Aᵀ for stacked A; a split adds its share of in_features to a stack of h."""
-    if OVERLAP and not LATE:
+    if OVERLAP:
         gdc_launch_dependents()
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_T
     t = first_row + tl.arange(0, BLOCK_T)
@@ -109,8 +109,6 @@ def _lora_down_kernel(
             x_tile = tl.where(kept, x_tile, 0.0)
         a_tile = tl.load(a_rows[None, :] + k[:, None] * stride_k, mask=inside_a, other=0.0)
         total = tl.dot(x_tile, a_tile.to(x_tile.dtype), total, input_precision=PRECISION)
-    if OVERLAP and LATE:
-        gdc_launch_dependents()
     h_tile = h + (split.to(tl.int64) * rows + t[:, None]) * h_stride + r[None, :]
     inside = (t < rows)[:, None] & (r < columns)[None, :]
     tl.store(h_tile, (total * scale).to(h.dtype.element_ty), mask=inside)
@@ -245,7 +243,7 @@ def _store_tile(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["ranks", "thresholds"])
+@triton.jit(do_not_specialize=["thresholds"])
 def _lora_product_kernel(
     left0,
     left1,
@@ -275,7 +273,7 @@ def _lora_product_kernel(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     STACKS: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    UPDATE: tl.constexpr,
     ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -290,7 +288,8 @@ def _lora_product_kernel(
     """out = Σ left_i matrix_i + bias + scale * skinny updates, persistent, tiles by TMA; the update is one more dot.
 
     left_i (rows, reduced_i); matrix_i (reduced_i, columns), or TRANSPOSED; skinny (rows, stack); updates stacked
-    (stack, columns), with DROPOUT masked.
+    (stack, columns), with DROPOUT masked. UPDATE says when they are fetched: "early", before the product, "late", after
+    it, both in one block of ranks, or for each of the "parts" in which the tile is stored.
     """
     tiles_t, tiles_c = tl.cdiv(rows, BLOCK_T), tl.cdiv(columns, BLOCK_C)
     dtype: tl.constexpr = skinny.dtype.element_ty
@@ -299,11 +298,9 @@ def _lora_product_kernel(
         first_t, first_c = tile_t * BLOCK_T, tile_c * BLOCK_C
         # Except for the first tile skinny is there, and its latency and that of the update hide behind the product.
         waited = tile >= PROGRAMS
-        if PREFETCH:
-            t, c, r = first_t + tl.arange(0, BLOCK_T), first_c + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+        t, c, r = first_t + tl.arange(0, BLOCK_T), first_c + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+        if UPDATE == "early":
             right = _update_tile(updates, ranks, update_strides_r, update_stride_c, r, c, columns, ALIGNED)
-            if BLOCK_R > 32:
-                right = (scale * right).to(dtype)  # which leaves it in shared memory, not in registers
             left = _skinny_tile(skinny, skinny_stride, t, r, tl.where(waited, rows, 0), stack)
         total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
         total = _accumulate(total, left0, matrix0, first_t, first_c, reduced0, TRANSPOSED, BLOCK_K)
@@ -315,20 +312,21 @@ def _lora_product_kernel(
             if OVERLAP:
                 gdc_wait()
                 gdc_launch_dependents()
-            if PREFETCH:
+            if UPDATE == "early":
                 left = _skinny_tile(skinny, skinny_stride, t, r, rows, stack)
-        if PREFETCH:
-            if BLOCK_R <= 32:
-                right = (scale * right).to(dtype)
-            total = tl.dot(left, right, total)
+        if UPDATE == "late":
+            right = _update_tile(updates, ranks, update_strides_r, update_stride_c, r, c, columns, ALIGNED)
+            left = _skinny_tile(skinny, skinny_stride, t, r, rows, stack)
+        if UPDATE != "parts":
+            total = tl.dot(left, (scale * right).to(dtype), total)
         _store_tile(
             out, total, bias, skinny, skinny_stride, updates, ranks, update_strides_r, update_stride_c, scale, seeds,
-            thresholds, keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS, not PREFETCH, DROPOUT, STACKS,
+            thresholds, keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS, UPDATE == "parts", DROPOUT, STACKS,
             BLOCK_R, ALIGNED, PARTS,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["ranks", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def _lora_up_kernel(
     out,
     skinny,
@@ -476,12 +474,12 @@ def _reduce_kernel(
 # the programs aimed at a multiprocessor. "beside" ones run beside a product and leave it its shared memory.
 CONFIGS: dict[str, dict[int, tuple[int, ...]]] = {
     "down": {16: (32, 128, 4, 4), 32: (32, 128, 4, 4), 64: (64, 128, 4, 4), 128: (32, 64, 4, 4)},
-    "down_beside": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
+    "down_beside": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 2), 128: (32, 64, 4, 2)},
     "up": {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 4, 2)},
     "outer": {16: (64, 64, 4, 3, 4), 32: (64, 128, 4, 3, 2), 64: (128, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
     "outer_dropout": {16: (32, 64, 4, 4, 4), 32: (32, 64, 4, 4, 4), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
     "outer_dropout_beside": {16: (64, 64, 4, 3, 4), 32: (64, 64, 4, 3, 4), 64: (64, 64, 4, 3, 4), 128: (64, 64, 4, 2, 4)},
-    "outer_beside": {16: (128, 64, 4, 3, 2), 32: (128, 64, 4, 3, 2), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 2, 2)},
+    "outer_beside": {16: (64, 64, 4, 3, 2), 32: (64, 64, 4, 3, 2), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 2, 2)},
 }
 # Bytes of shared memory a block may take for which they were chosen: an A100's; the H100 and H200 have more.
 TUNED_SHARED_MEMORY = 160 * 1024
@@ -493,8 +491,10 @@ PRODUCT_PARTS = (2, 4)
 PRODUCT_MIN_ROWS = 2048
 PRODUCT_MAX_RANK = 512
 PRODUCTS = 3
-PREFETCH = 16
-LATE = False
+# The largest stack whose update fits the registers beside the accumulator. The cap leaves registers for the passes that
+# run beside the product.
+EARLY_RANK = 32
+PRODUCT_REGISTERS = 208
 
 
 def _config(kernel: str, stack: int, like: torch.Tensor) -> tuple[int, ...]:
@@ -549,6 +549,17 @@ def _stack(matrices: tuple[torch.Tensor, ...]) -> tuple[int, tuple[int, ...], tu
     return stack_size(ranks), ranks, tuple(m.stride(0) for m in matrices), matrices[0].stride(1)
 
 
+def packed(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A matrix (rank, other) as kernels read it fast: itself, or where its rows are unaligned a copy in like's dtype.
+
+    Bᵀ of a rank that is no multiple of 16 has its elements side by side where vectors cannot be loaded. The copy is as
+    small as the matrix; at small ranks reading it one by one costs less.
+    """
+    if matrix.shape[0] % 16 == 0 or matrix.shape[0] <= 16 or matrix.stride(1) == 1:
+        return matrix
+    return matrix.to(like.dtype, memory_format=torch.contiguous_format).contiguous()
+
+
 def _aligned(matrices: tuple[torch.Tensor, ...]) -> bool:
     """Whether every row of the matrices (rank, other) begins at a multiple of 16 bytes and is contiguous."""
     return all(m.stride(1) == 1 and m.stride(0) * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
@@ -600,7 +611,7 @@ def launch_lora_down(x, matrices, h, scale, threshold, seed, *, beside=False, ov
     _lora_down_kernel[(*tiles, splits)](
         x, matrices, out, seed, rows, in_features, ranks, strides_r, stride_k, stack, out.stride(-2), scale, threshold,
         split_size,
-        DROPOUT=threshold > 0, EVEN_K=in_features % block_k == 0, ALIGNED=_aligned(matrices), PRECISION=_precision(x.dtype), OVERLAP=beside, LATE=LATE,
+        DROPOUT=threshold > 0, EVEN_K=in_features % block_k == 0, ALIGNED=_aligned(matrices), PRECISION=_precision(x.dtype), OVERLAP=beside,
         BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=warps, num_stages=stages, **_overlapping(overlap),
     )  # fmt: skip
     if partial is not None:
@@ -659,9 +670,10 @@ def launch_lora_product(lefts, matrices, bias, skinny, updates, scale, threshold
         bias, skinny, updates, seeds, rows, columns, *(left.shape[1] for left in lefts), *missing, skinny.stride(0),
         stack, ranks, strides_r, stride_c, scale, tuple(thresholds), tuple(keep_scales),
         PRODUCTS=len(lefts), HAS_BIAS=bias is not None, DROPOUT=dropout, STACKS=stacks,
-        PREFETCH=PREFETCH and not dropout and block_r <= PREFETCH and stack <= block_r, ALIGNED=_aligned(updates), TRANSPOSED=transposed,
+        UPDATE="parts" if dropout or stack > block_r else "early" if stack <= EARLY_RANK else "late",
+        ALIGNED=_aligned(updates), TRANSPOSED=transposed,
         OVERLAP=overlap, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=block_r, GROUP=group,
-        PARTS=parts, PROGRAMS=programs, num_warps=warps, num_stages=stages, **_overlapping(overlap),
+        PARTS=parts, PROGRAMS=programs, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS, **_overlapping(overlap),
     )  # fmt: skip
     return out
 
@@ -696,8 +708,11 @@ def launch_lora_outer(left, skinny, outs, scale, threshold, seed, *, update=None
     name = "outer_dropout" if threshold else "outer"
     name += "_beside" if overlap else ""
     block_t, block_c, warps, stages, per_sm = _config(name, stack, left)
+    row_tiles = _cdiv(rows, block_t)
+    if row_tiles <= 8:
+        block_c = 32  # few rows: more programs, each still reads whole sectors
     block_r = _bucket(stack)
-    strips, row_tiles, rank_tiles = _cdiv(columns, block_c), _cdiv(rows, block_t), _cdiv(stack, block_r)
+    strips, rank_tiles = _cdiv(columns, block_c), _cdiv(stack, block_r)
     # Eight tiles a program at least, or summing the partial sums costs more than it saves.
     splits = _splits(strips * rank_tiles, max(1, row_tiles // 8), left.device, per_sm)
     partial = torch.empty(splits, stack, columns, dtype=torch.float32, device=left.device) if splits > 1 else None
@@ -730,6 +745,32 @@ def _columns(ranks, members) -> slice:
     return slice(first, first + stack_size(ranks[members[0] : members[-1] + 1]))
 
 
+@functools.lru_cache
+def _side_stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _side_stream(like: torch.Tensor) -> torch.cuda.Stream | None:
+    """A stream for passes that may run beside the base product, where the order of a CUDA graph is being recorded.
+
+    Outside of graphs forking costs the host more than it saves the device.
+    """
+    if not like.is_cuda or not torch.cuda.is_current_stream_capturing():
+        return None
+    side = _side_stream_of(like.device)
+    side.wait_stream(torch.cuda.current_stream(like.device))
+    return side
+
+
+def _on(side: torch.cuda.Stream | None):
+    return contextlib.nullcontext() if side is None else torch.cuda.stream(side)
+
+
+def _join(side: torch.cuda.Stream | None, like: torch.Tensor) -> None:
+    if side is not None:
+        torch.cuda.current_stream(like.device).wait_stream(side)
+
+
 def launch_lora_group(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -756,30 +797,35 @@ def launch_lora_group(
     served = [
         rows > 0 and rank > 0 and product_serves(x, weight.T, rank) for weight, rank in zip(weights, ranks, strict=True)
     ]
+    updates = [packed(lora_B.T, x) for lora_B in lora_Bs]  # before the chain of launches that overlap
     if rows > 0:
         launched = False
-        for members, threshold, keep_scale, seed in _masks(thresholds, keep_scales, seeds):
-            adapters = [lora_As[i] for i in members if ranks[i] > 0]
-            if adapters:
-                columns = h[:, _columns(ranks, members)]
-                launch_lora_down(
-                    x, adapters, columns, keep_scale, threshold, seed, beside=any(served), overlap=launched
-                )
-                launched = any(served)
+        side = None if any(served) else _side_stream(x)
+        with _on(side):
+            for members, threshold, keep_scale, seed in _masks(thresholds, keep_scales, seeds):
+                adapters = [lora_As[i] for i in members if ranks[i] > 0]
+                if adapters:
+                    columns = h[:, _columns(ranks, members)]
+                    launch_lora_down(
+                        x, adapters, columns, keep_scale, threshold, seed, beside=any(served), overlap=launched
+                    )
+                    launched = any(served)
     ys = []
-    # Those that overlap first: a launch of another kind between would end the chain.
     for i in range(len(weights)):
         skinny = h[:, _columns(ranks, [i])]
         if served[i]:
             product = launch_lora_product(
-                [x], [weights[i].T], biases[i], skinny, [lora_Bs[i].T], scalings[i], [0], [1.0], None
+                [x], [weights[i].T], biases[i], skinny, [updates[i]], scalings[i], [0], [1.0], None
             )
             ys.append(product)
         else:
             y = torch.nn.functional.linear(x, weights[i], biases[i])
             if rows > 0 and ranks[i] > 0:
-                launch_lora_up(y, skinny, [lora_Bs[i].T], scalings[i], 0, None)
+                _join(side, x)
+                launch_lora_up(y, skinny, [updates[i]], scalings[i], 0, None)
             ys.append(y)
+    if rows > 0:
+        _join(side, x)
     return ys, h
 
 
@@ -815,24 +861,29 @@ def launch_lora_group_backward(
         and all(product_serves(grad, weight, stack_size(ranks)) for grad, weight in zip(grads, weights, strict=True))
     )
     q = torch.empty(rows, stack_size(ranks), dtype=x.dtype, device=x.device)
-    for i in adapted:
-        columns = q[:, _columns(ranks, [i])]
-        launch_lora_down(
-            grads[i], [lora_Bs[i].T], columns, scalings[i], 0, None, beside=fused, overlap=fused and i != adapted[0]
-        )
+    side = None if fused else _side_stream(x)
+    pending = []
+    with _on(side):
+        # Copies first: a launch of another kind between would keep the passes from overlapping.
+        for i, update in [(i, packed(lora_Bs[i].T, x)) for i in adapted]:
+            columns = q[:, _columns(ranks, [i])]
+            launch_lora_down(
+                grads[i], [update], columns, scalings[i], 0, None, beside=fused, overlap=fused and i != adapted[0]
+            )
+        if not fused:
+            for i in adapted:
+                columns = h[:, _columns(ranks, [i])]
+                pending += launch_lora_outer(grads[i], columns, (grad_Bs[i].T,), scalings[i], 0, None)
     masks = [
         ([i for i in members if ranks[i] > 0], *mask) for members, *mask in _masks(thresholds, keep_scales, seeds)
     ]
-    grad_x, pending = x.new_empty(0), []
+    grad_x = x.new_empty(0)
     if fused:
-        grad_x = launch_lora_product(
-            grads, weights, None, q, lora_As, 1.0, thresholds, keep_scales, seeds
-        )
+        grad_x = launch_lora_product(grads, weights, None, q, lora_As, 1.0, thresholds, keep_scales, seeds)
     elif need_grad_x:
-        for i in adapted:
-            pending += launch_lora_outer(grads[i], h[:, _columns(ranks, [i])], (grad_Bs[i].T,), scalings[i], 0, None)
         # After the passes over dY and before those over x, which then find the last rows of grad_x in L2.
         grad_x = _base_grad_x(grads, weights)
+    _join(side, x)
     for members, threshold, keep_scale, seed in masks:
         if members:
             columns = q[:, _columns(ranks, members)]
@@ -842,10 +893,10 @@ def launch_lora_group_backward(
             pending += launch_lora_outer(x, columns, outs, keep_scale, threshold, seed, update=update, overlap=fused)
             if need_grad_x and not fused and update is None:
                 launch_lora_up(grad_x, columns, adapters, keep_scale, threshold, seed)
-    if fused or not need_grad_x:
+    if fused:
         for i in adapted:
             pending += launch_lora_outer(
-                grads[i], h[:, _columns(ranks, [i])], (grad_Bs[i].T,), scalings[i], 0, None, overlap=fused
+                grads[i], h[:, _columns(ranks, [i])], (grad_Bs[i].T,), scalings[i], 0, None, overlap=True
             )
     launch_reduce(pending)
     return grad_x, grad_As, grad_Bs

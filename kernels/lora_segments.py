@@ -16,9 +16,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sensilora.kernels._common import keep_mask, multiprocessors, sum_partials
+from sensilora.kernels._common import keep_mask, multiprocessors
 from sensilora.kernels.lora_linear import (
     PRODUCT_CONFIG,
+    PRODUCT_REGISTERS,
     _accumulate,
     _bucket,
     _cdiv,
@@ -31,6 +32,7 @@ from sensilora.kernels.lora_linear import (
     _splits,
     _store_parts,
     _tile_order,
+    launch_reduce,
     product_serves,
 )
 
@@ -117,11 +119,11 @@ def _segments_down_kernel(
 
 @triton.jit
 def _segment_operands(
-    skinny, skinny_stride, matrix, stride_r, stride_c, t, c, r, columns, begin, end, first, rank, ready
+    skinny, skinny_stride, matrix, stride_r, stride_c, t, c, r, columns, begin, end, first, rank
 ):  # fmt: skip
-    """The rows of skinny that a segment has in a tile, nothing unless `ready`, and its columns of the matrix."""
+    """The rows of skinny that a segment has in a tile, and its columns of the matrix."""
     inside_r = r < rank
-    left_inside = ((t >= begin) & (t < end) & ready)[:, None] & inside_r[None, :]
+    left_inside = ((t >= begin) & (t < end))[:, None] & inside_r[None, :]
     left = tl.load(skinny + t.to(tl.int64)[:, None] * skinny_stride + r[None, :], mask=left_inside, other=0.0)
     pointers = matrix + (first + r).to(tl.int64)[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c
     right = tl.load(pointers, mask=inside_r[:, None] & (c < columns)[None, :], other=0.0)
@@ -134,7 +136,7 @@ def _segments_product_kernel(
     skinny_stride, update_stride_r, update_stride_c,
     SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
-    GROUP: tl.constexpr, PARTS: tl.constexpr, PROGRAMS: tl.constexpr, REST: tl.constexpr = 16,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """out = left matrix + bias + scale * skinny updates, each row with its own adapter's updates (stack, columns)."""
     tiles_t, tiles_c = tl.cdiv(rows, BLOCK_T), tl.cdiv(columns, BLOCK_C)
@@ -145,46 +147,27 @@ def _segments_product_kernel(
         tile_t, tile_c = _tile_order(tile, tiles_t, tiles_c, GROUP)
         first_t, first_c = tile_t * BLOCK_T, tile_c * BLOCK_C
         t, c = first_t + tl.arange(0, BLOCK_T), first_c + tl.arange(0, BLOCK_C)
-        # What the tile's first segment adds is fetched before the product and mostly is all there is to add.
-        j = tl.maximum(tl.sum((starts <= first_t).to(tl.int32)) - 1, 0)
-        last = tl.sum((starts < tl.minimum(first_t + BLOCK_T, rows)).to(tl.int32))
-        waited = tile >= PROGRAMS
-        begin, end, adapter, first, rank = _segment(offsets, adapters, ints, segments, count, rows, j)
-        skinny_tile, update_tile = _segment_operands(
-            skinny, skinny_stride, updates, update_stride_r, update_stride_c, t, c, r, columns, begin, end, first, rank,
-            waited,
-        )  # fmt: skip
-        scale = 1.0
-        if SCALED:
-            scale = tl.load(scales + 2 * adapter)
-        update_tile = (scale * update_tile).to(dtype)
         total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
         total = _accumulate(total, left, matrix, first_t, first_c, reduced, TRANSPOSED, BLOCK_K)
-        if not waited:
-            if OVERLAP:
+        if OVERLAP:
+            if tile < PROGRAMS:
                 gdc_wait()
                 gdc_launch_dependents()
-            inside = ((t >= begin) & (t < end))[:, None] & (r < rank)[None, :]
-            skinny_tile = tl.load(
-                skinny + t.to(tl.int64)[:, None] * skinny_stride + r[None, :], mask=inside, other=0.0
-            )
-        total = tl.dot(skinny_tile, update_tile, total)
-        first_r = BLOCK_R
-        rest = tl.arange(0, REST)
+        # Most tiles lie in one segment, and most ranks fit one block.
+        j = tl.maximum(tl.sum((starts <= first_t).to(tl.int32)) - 1, 0)
+        last = tl.sum((starts < tl.minimum(first_t + BLOCK_T, rows)).to(tl.int32))
         while j < last:
-            if first_r >= rank:
-                j += 1
-                first_r = 0
-                begin, end, adapter, first, rank = _segment(offsets, adapters, ints, segments, count, rows, j)
-                if SCALED:
-                    scale = tl.load(scales + 2 * adapter)
-            if (first_r < rank) & (j < last):
-                more_skinny, more_update = _segment_operands(
-                    skinny + first_r, skinny_stride, updates, update_stride_r, update_stride_c, t, c, rest, columns,
-                    begin, end, first + first_r, rank - first_r, True,
+            begin, end, adapter, first, rank = _segment(offsets, adapters, ints, segments, count, rows, j)
+            scale = 1.0
+            if SCALED:
+                scale = tl.load(scales + 2 * adapter)
+            for first_r in tl.range(0, rank, BLOCK_R, num_stages=1):
+                skinny_tile, update_tile = _segment_operands(
+                    skinny + first_r, skinny_stride, updates, update_stride_r, update_stride_c, t, c, r, columns,
+                    begin, end, first + first_r, rank - first_r,
                 )  # fmt: skip
-                total = tl.dot(more_skinny, (scale * more_update).to(dtype), total)
-            first_r += REST
+                total = tl.dot(skinny_tile, (scale * update_tile).to(dtype), total)
+            j += 1
         if HAS_BIAS:
             total += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
         _store_parts(out, total, first_t, first_c, PARTS)
@@ -215,7 +198,7 @@ def _segments_up_kernel(
             r = first_r + tl.arange(0, BLOCK_R)
             left, right = _segment_operands(
                 skinny, skinny_stride, updates, update_stride_r, update_stride_c, t, c, r, columns, begin, end, first,
-                rank, True,
+                rank,
             )  # fmt: skip
             update = tl.dot(left, right.to(left.dtype), update, input_precision=PRECISION)
         if DROPOUT:
@@ -277,16 +260,6 @@ def _segments_outer_kernel(
         _finish_after_previous()
 
 
-@triton.jit(do_not_specialize=["splits", "stack"])
-def _segments_reduce_kernel(partial, out, splits, stack, columns, stride_r, stride_c, BLOCK: tl.constexpr):
-    """out (stack, columns) = the sum of partial (splits, stack, columns) over splits, in order."""
-    row = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = sum_partials(partial, row * columns + c, stack.to(tl.int64) * columns, splits, 16)
-    pointers = out + row * stride_r + c.to(tl.int64) * stride_c
-    tl.store(pointers, total.to(out.dtype.element_ty), mask=c < columns)
-
-
 class _Segments:
     """The batch's segments and the adapters' tables, as every launch takes them."""
 
@@ -302,6 +275,11 @@ class _Segments:
     def slots(self, rows: int, block_t: int) -> int:
         """Programs that surely have one for each stretch of rows that a tile and a segment share."""
         return _cdiv(rows, block_t) + self.segments + 1
+
+
+def _packed(stack, like):
+    """The stack (Σ ranks, other) contiguous in like's dtype: as wide as all adapters together, it is read by every tile."""
+    return stack.to(like.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _down(x, matrix, segments, scales, *, dropout, beside):
@@ -338,7 +316,7 @@ def _product(left, matrix, bias, skinny, updates, segments, *, scaled):
         reduced, segments.segments, segments.count, skinny.stride(0), updates.stride(0), updates.stride(1),
         SCALED=scaled, HAS_BIAS=bias is not None, TRANSPOSED=transposed, OVERLAP=overlap, BLOCK_T=block_t,
         BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=segments.block_r, BLOCK_S=segments.block_s, GROUP=group, PARTS=2,
-        PROGRAMS=programs, num_warps=warps, num_stages=stages, **_overlapping(overlap),
+        PROGRAMS=programs, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS, **_overlapping(overlap),
     )  # fmt: skip
     return out
 
@@ -359,10 +337,10 @@ def _outer(left, skinny, stack, segments, scales, *, dropout, overlap):
     """Partial sums (splits, stack, columns) of scale * skinnyᵀ drop(left) by adapter."""
     rows, columns = left.shape
     name = ("outer_dropout" if dropout else "outer") + ("_beside" if overlap else "")
-    block_t, block_c, warps, stages, per_sm = _config(name, segments.block_r, left)
+    block_t, block_c, warps, stages, _ = _config(name, segments.block_r, left)
     strips = _cdiv(columns, block_c)
     # By the batch's size alone, as nobody knows here how many rows an adapter has.
-    splits = _splits(strips, max(1, _cdiv(rows, block_t) // 8), left.device, per_sm)
+    splits = _splits(strips, max(1, _cdiv(rows, block_t) // 8), left.device)
     partial = torch.empty(splits, stack, columns, dtype=torch.float32, device=left.device)
     _segments_outer_kernel[(strips, splits, segments.count * segments.rank_tiles)](
         left, skinny, partial, segments.seed, segments.offsets, segments.adapters, segments.ints, scales, rows, columns,
@@ -372,14 +350,6 @@ def _outer(left, skinny, stack, segments, scales, *, dropout, overlap):
         num_stages=stages, **_overlapping(overlap),
     )  # fmt: skip
     return partial
-
-
-def _reduce(partial, out):
-    """out (stack, columns) = partial (splits, stack, columns) summed over splits."""
-    splits, stack, columns = partial.shape
-    _segments_reduce_kernel[(_cdiv(columns, 256), stack)](
-        partial, out, splits, stack, columns, out.stride(0), out.stride(1), BLOCK=256
-    )
 
 
 def launch_lora_segments(
@@ -399,12 +369,13 @@ def launch_lora_segments(
         h = torch.zeros(x.shape[0], -(-max_rank // 16) * 16, dtype=x.dtype, device=x.device)
         return torch.nn.functional.linear(x, weight, bias), h
     segments = _Segments(ints, floats, offsets, adapters, seed, max_rank, any_dropout)
+    lora_A, B_T = _packed(lora_A, x), _packed(lora_B.T, x)
     fused = product_serves(x, weight.T, max_rank)
     h = _down(x, lora_A, segments, segments.keep_scale, dropout=any_dropout, beside=fused)
     if fused:
-        return _product(x, weight.T, bias, h, lora_B.T, segments, scaled=True), h
+        return _product(x, weight.T, bias, h, B_T, segments, scaled=True), h
     y = torch.nn.functional.linear(x, weight, bias)
-    _up(y, h, lora_B.T, segments, segments.scaling, dropout=False)
+    _up(y, h, B_T, segments, segments.scaling, dropout=False)
     return y, h
 
 
@@ -417,19 +388,18 @@ def launch_lora_segments_backward(
         return grad_x, torch.zeros_like(lora_A), torch.zeros_like(lora_B)
     segments = _Segments(ints, floats, offsets, adapters, seed, max_rank, any_dropout)
     stack = lora_A.shape[0]
+    A, B_T = _packed(lora_A, x), _packed(lora_B.T, x)
     # With dropout the mask sits between the two terms of grad_x.
     fused = need_grad_x and not any_dropout and product_serves(grad, weight, max_rank)
-    q = _down(grad, lora_B.T, segments, segments.scaling, dropout=False, beside=fused)
+    q = _down(grad, B_T, segments, segments.scaling, dropout=False, beside=fused)
     grad_x = x.new_empty(0)
     if fused:
-        grad_x = _product(grad, weight, None, q, lora_A, segments, scaled=False)
+        grad_x = _product(grad, weight, None, q, A, segments, scaled=False)
     elif need_grad_x:
         grad_x = torch.mm(grad, weight)
-        _up(grad_x, q, lora_A, segments, segments.keep_scale, dropout=any_dropout)
+        _up(grad_x, q, A, segments, segments.keep_scale, dropout=any_dropout)
     partial_A = _outer(x, q, stack, segments, segments.keep_scale, dropout=any_dropout, overlap=fused)
     partial_B = _outer(grad, h, stack, segments, segments.scaling, dropout=False, overlap=fused)
-    grad_A = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
-    grad_B = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
-    _reduce(partial_A, grad_A)
-    _reduce(partial_B, grad_B.T)
+    grad_A, grad_B = torch.empty_like(lora_A), torch.empty_like(lora_B)
+    launch_reduce([(partial_A, (grad_A,)), (partial_B, (grad_B.T,))])
     return grad_x, grad_A, grad_B

@@ -291,9 +291,13 @@ def _(
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, _bias, lora_A, lora_B, ctx.ranks, ctx.scalings, ctx.dropout_ps, offsets, adapters, seed = inputs
     ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], offsets, adapters, seed)
+    # Or a tensor of zeros would be filled for h, whose gradient nobody asks for.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad: Tensor, _grad_h):
+def _backward(ctx, grad: Tensor | None, _grad_h):
+    if grad is None:
+        return (None,) * 11
     x, weight, lora_A, lora_B, h, offsets, adapters, seed = ctx.saved_tensors
     grad_x, grad_A, grad_B = _lora_segments_backward(
         grad, x, h, weight, lora_A, lora_B, ctx.ranks, ctx.scalings, ctx.dropout_ps, offsets, adapters, seed,
