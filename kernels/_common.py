@@ -23,13 +23,19 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def keep_mask(
-    seed, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MOVE_WORDS: tl.constexpr = False
+    seed,
+    first_row,
+    first_column,
+    threshold,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MOVE_WORDS: tl.constexpr = False,
 ):
     """The dropout mask of a (ROWS, COLUMNS) tile as the package's reference defines it (sensilora/ops/_dropout.py).
 
-    `first_column` and COLUMNS are multiples of 32: four Philox calls serve a span of 32 columns with 16 bits each. In a
-    tensor core's layout what one call gives stays in one thread. Where the mask meets another layout, MOVE_WORDS moves
-    whole words before each becomes two truth values, which takes fewer exchanges than moving those.
+    `first_column` and COLUMNS are multiples of 32: four Philox calls serve a span of 32 columns with 16 bits each.
+    In a tensor core's layout what one call gives stays in one thread. Where the mask meets another layout,
+    MOVE_WORDS moves whole words before each becomes two truth values, which takes fewer exchanges than moving those.
     """
     row = first_row.to(tl.int64) + tl.arange(0, ROWS)
     call = (first_column // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)

@@ -7,13 +7,13 @@
               dA = qᵀ drop(x), dB = s dYᵀ h   one read of x and of dY, while that product runs
 
 On Hopper the product starts while h or q is still being computed, waits for it before its first tile is finished, and
-leaves room beside it for the two passes behind it (programmatic dependent launch); these only move bytes, so they cost
-little next to a product that only computes. Elsewhere the base product is cuBLAS's, and the update one read and write
-of y or dx.
+leaves room beside it for the two passes behind it (programmatic dependent launch); these only move bytes, so they
+cost little next to a product that only computes. Elsewhere the base product is cuBLAS's, and the update one read and
+write of y or dx.
 
-Nothing is atomic, so results repeat bit for bit. The rank is a run-time value: h and q are padded with zero columns to
-a multiple of 16, only the bucket (16, 32, 64, 128) is compiled in, and ranks above go in blocks. A and B are read in
-their own dtype and rounded to x's in registers.
+Nothing is atomic, so results repeat bit for bit. The rank is a run-time value: h and q are padded with zero columns
+to a multiple of 16, only the bucket (16, 32, 64, 128) is compiled in, and ranks above go in blocks. A and B are read
+in their own dtype and rounded to x's in registers.
 """
 
 import contextlib
@@ -55,7 +55,10 @@ def _stacked(matrices, ranks, strides, r, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _finish_after_previous():
-    """Make this launch complete only after the one before it, which it overlapped; the other programs need not wait."""
+    """Make this launch complete only after the one before it, which it overlapped.
+
+    One program that waits is enough.
+    """
     if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
         gdc_wait()
 
@@ -118,7 +121,10 @@ def _lora_down_kernel(
 
 @triton.jit
 def _accumulate(total, left, matrix, first_t, first_c, reduced, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr):
-    """total + left matrix for one tile; matrix is stored (reduced, columns), or (columns, reduced) where TRANSPOSED."""
+    """total + left matrix for one tile.
+
+    matrix is stored (reduced, columns), or (columns, reduced) where TRANSPOSED.
+    """
     for k in range(0, reduced, BLOCK_K):
         right = matrix.load([first_c, k]).T if TRANSPOSED else matrix.load([k, first_c])
         total = tl.dot(left.load([first_t, k]), right, total)
@@ -150,10 +156,14 @@ def _skinny_tile(skinny, skinny_stride, t, r, rows, stack):
 @triton.jit
 def _add_update(
     total, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds, keep_scales, rows,
-    columns, first_t, first_c, dtype: tl.constexpr, DROPOUT: tl.constexpr, STACKS: tl.constexpr, BLOCK_R: tl.constexpr,
+    columns, first_t, first_c, dtype: tl.constexpr, DROPOUT: tl.constexpr, STACKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """total + scale * Σ mask_i∘(skinny_i update_i); one mask for the whole stack, or with STACKS > 1 one an update."""
+    """total + scale * Σ mask_i∘(skinny_i update_i).
+
+    One mask for the whole stack, or with STACKS > 1 one an update.
+    """
     BLOCK_T: tl.constexpr = total.shape[0]
     BLOCK_C: tl.constexpr = total.shape[1]
     t = first_t + tl.arange(0, BLOCK_T)
@@ -189,7 +199,6 @@ def _add_update(
 @triton.jit
 def _store_parts(out, total, first_t, first_c, PARTS: tl.constexpr):
     """Store in PARTS column parts, which takes less shared memory, so that the tiles of one more stage have room."""
-    BLOCK_T: tl.constexpr = total.shape[0]
     BLOCK_C: tl.constexpr = total.shape[1]
     if PARTS == 1:
         out.store([first_t, first_c], total.to(out.dtype))
@@ -209,7 +218,8 @@ def _halves(total):
 
 @triton.jit
 def _store_tile(
-    out, total, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds, keep_scales,
+    out, total, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds,
+    keep_scales,
     rows, columns, first_t, first_c, dtype: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
     DROPOUT: tl.constexpr, STACKS: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -217,7 +227,6 @@ def _store_tile(
 
     Parts take less shared memory, so that the tiles of one more stage have room, and their updates fewer registers.
     """
-    BLOCK_T: tl.constexpr = total.shape[0]
     BLOCK_C: tl.constexpr = total.shape[1]
     if PARTS == 1:
         if UPDATE:
@@ -288,8 +297,8 @@ def _lora_product_kernel(
     """out = Σ left_i matrix_i + bias + scale * skinny updates, persistent, tiles by TMA; the update is one more dot.
 
     left_i (rows, reduced_i); matrix_i (reduced_i, columns), or TRANSPOSED; skinny (rows, stack); updates stacked
-    (stack, columns), with DROPOUT masked. UPDATE says when they are fetched: "early", before the product, "late", after
-    it, both in one block of ranks, or for each of the "parts" in which the tile is stored.
+    (stack, columns), with DROPOUT masked. UPDATE says when they are fetched: "early", before the product, "late",
+    after it, both in one block of ranks, or for each of the "parts" in which the tile is stored.
     """
     tiles_t, tiles_c = tl.cdiv(rows, BLOCK_T), tl.cdiv(columns, BLOCK_C)
     dtype: tl.constexpr = skinny.dtype.element_ty
@@ -321,7 +330,8 @@ def _lora_product_kernel(
             total = tl.dot(left, (scale * right).to(dtype), total)
         _store_tile(
             out, total, bias, skinny, skinny_stride, updates, ranks, update_strides_r, update_stride_c, scale, seeds,
-            thresholds, keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS, UPDATE == "parts", DROPOUT, STACKS,
+            thresholds, keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS, UPDATE == "parts", DROPOUT,
+            STACKS,
             BLOCK_R, ALIGNED, PARTS,
         )  # fmt: skip
 
@@ -403,8 +413,8 @@ def _lora_outer_kernel(
 ):
     """One read of left (rows, columns): out_i (columns, rank_i) = scale * drop(left)ᵀ skinny_i, for stacked skinny.
 
-    With SPLIT a program's share of the rows goes to a stack of partial sums (splits, stack, columns). With UPDATE also
-    grad_x += scale * mask∘(skinny matrices), with the mask that is at hand.
+    With SPLIT a program's share of the rows goes to a stack of partial sums (splits, stack, columns). With UPDATE
+    also grad_x += scale * mask∘(skinny matrices), with the mask that is at hand.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -414,7 +424,9 @@ def _lora_outer_kernel(
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     dtype: tl.constexpr = left.dtype.element_ty
     if UPDATE:
-        update_tile = _update_tile(matrices, ranks, matrix_strides_r, matrix_stride_c, r, c, columns, ALIGNED).to(dtype)
+        update_tile = _update_tile(matrices, ranks, matrix_strides_r, matrix_stride_c, r, c, columns, ALIGNED).to(
+            dtype
+        )
     if DROPOUT:
         key = tl.load(seed)
     total = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
@@ -456,29 +468,37 @@ def _lora_outer_kernel(
 
 @triton.jit(do_not_specialize=["first_rows", "stacks", "splits", "ranks"])
 def _reduce_kernel(
-    partials, first_rows, stacks, splits, columns, outs, ranks, strides_r, strides_c, BLOCK: tl.constexpr
+    partials, first_rows, stacks, splits, columns, outs, ranks, strides_r, strides_c, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each out (rank, columns) = the sum over splits of its rows of its partial (splits, stack, columns), in order."""
+    """Each out (rank, columns) = the sum of its partial (splits, stack, columns) over splits, in order."""
     row = tl.program_id(1)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for i in tl.static_range(len(outs)):
         if (row >= 0) & (row < ranks[i]):
             index = (first_rows[i] + row).to(tl.int64) * columns[i] + c
-            total = sum_partials(partials[i], index, stacks[i].to(tl.int64) * columns[i], splits[i], 16)
+            total = sum_partials(partials[i], index, stacks[i].to(tl.int64) * columns[i], splits[i], SPLITS)
             pointers = outs[i] + row.to(tl.int64) * strides_r[i] + c.to(tl.int64) * strides_c[i]
             tl.store(pointers, total.to(outs[i].dtype.element_ty), mask=c < columns[i])
         row -= ranks[i]
 
 
 # Tile sizes by kernel and rank bucket: (BLOCK_T, BLOCK of columns, num_warps, num_stages), and for the outer products
-# the programs aimed at a multiprocessor. "beside" ones run beside a product and leave it its shared memory.
+# the programs aimed at a multiprocessor. "beside" ones find room beside a product. A long product's tiles leave
+# enough idle multiprocessors at its end; "behind" ones wait for those with larger tiles of their own.
 CONFIGS: dict[str, dict[int, tuple[int, ...]]] = {
     "down": {16: (32, 128, 4, 4), 32: (32, 128, 4, 4), 64: (64, 128, 4, 4), 128: (32, 64, 4, 4)},
-    "down_beside": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 2), 128: (32, 64, 4, 2)},
+    "down_beside": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 32, 4, 4), 128: (32, 64, 4, 3)},
     "up": {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 4, 2)},
     "outer": {16: (64, 64, 4, 3, 4), 32: (64, 128, 4, 3, 2), 64: (128, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
     "outer_dropout": {16: (32, 64, 4, 4, 4), 32: (32, 64, 4, 4, 4), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
-    "outer_dropout_beside": {16: (64, 64, 4, 3, 4), 32: (64, 64, 4, 3, 4), 64: (64, 64, 4, 3, 4), 128: (64, 64, 4, 2, 4)},
+    "outer_dropout_beside": {
+        16: (64, 64, 4, 3, 4),
+        32: (64, 64, 4, 3, 4),
+        64: (64, 64, 4, 3, 4),
+        128: (64, 64, 4, 2, 4),
+    },
+    "outer_behind": {16: (64, 128, 4, 3, 2), 32: (64, 128, 4, 3, 2), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 2, 2)},
     "outer_beside": {16: (64, 64, 4, 3, 2), 32: (64, 64, 4, 3, 2), 64: (64, 64, 4, 3, 2), 128: (64, 64, 4, 2, 2)},
 }
 # Bytes of shared memory a block may take for which they were chosen: an A100's; the H100 and H200 have more.
@@ -489,12 +509,14 @@ REDUCE_BLOCK = 256
 PRODUCT_CONFIG = (128, 256, 64, 8, 8, 3)
 PRODUCT_PARTS = (2, 4)
 PRODUCT_MIN_ROWS = 2048
-PRODUCT_MAX_RANK = 512
+PRODUCT_MAX_RANK = 128
 PRODUCTS = 3
-# The largest stack whose update fits the registers beside the accumulator. The cap leaves registers for the passes that
-# run beside the product.
+# The largest stack whose update fits the registers beside the accumulator. The cap leaves registers for the passes
+# that run beside the product.
 EARLY_RANK = 32
 PRODUCT_REGISTERS = 208
+# Elements of the weights from which a product counts as long.
+LONG_PRODUCT = 2**25
 
 
 def _config(kernel: str, stack: int, like: torch.Tensor) -> tuple[int, ...]:
@@ -550,19 +572,22 @@ def _stack(matrices: tuple[torch.Tensor, ...]) -> tuple[int, tuple[int, ...], tu
 
 
 def packed(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A matrix (rank, other) as kernels read it fast: itself, or where its rows are unaligned a copy in like's dtype.
+    """A matrix (rank, other) as kernels read it fast: itself, or a copy in like's dtype with contiguous rows.
 
-    Bᵀ of a rank that is no multiple of 16 has its elements side by side where vectors cannot be loaded. The copy is as
-    small as the matrix; at small ranks reading it one by one costs less.
+    Bᵀ of a rank that is no multiple of 16 has its elements side by side where vectors cannot be loaded, and at large
+    ranks every tile of the product reads much of it. The copy is as small as the matrix.
     """
-    if matrix.shape[0] % 16 == 0 or matrix.shape[0] <= 16 or matrix.stride(1) == 1:
+    rank = matrix.shape[0]
+    if rank <= 16 or (rank % 16 == 0 and rank < 64) or matrix.stride(1) == 1:
         return matrix
     return matrix.to(like.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _aligned(matrices: tuple[torch.Tensor, ...]) -> bool:
     """Whether every row of the matrices (rank, other) begins at a multiple of 16 bytes and is contiguous."""
-    return all(m.stride(1) == 1 and m.stride(0) * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
+    return all(
+        m.stride(1) == 1 and m.stride(0) * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices
+    )
 
 
 def _splits(tiles: int, steps: int, device: torch.device, programs_per_sm: int = 1) -> int:
@@ -589,7 +614,8 @@ def launch_reduce(pending):
     arguments = tuple(zip(*jobs, strict=True))
     columns, ranks = max(arguments[4]), sum(arguments[6])
     block = min(REDUCE_BLOCK, _next_power_of_2(columns))
-    _reduce_kernel[(_cdiv(columns, block), ranks)](*arguments, BLOCK=block)
+    splits = min(16, _next_power_of_2(max(arguments[3])))
+    _reduce_kernel[(_cdiv(columns, block), ranks)](*arguments, SPLITS=splits, BLOCK=block)
 
 
 def launch_lora_down(x, matrices, h, scale, threshold, seed, *, beside=False, overlap=False):
@@ -602,17 +628,20 @@ def launch_lora_down(x, matrices, h, scale, threshold, seed, *, beside=False, ov
     stack, ranks, strides_r, stride_k = _stack(matrices)
     block_t, block_k, warps, stages = _config("down_beside" if beside else "down", stack, x)
     block_r = _bucket(stack)
-    tiles = (_cdiv(rows, block_t), _cdiv(stack, block_r))
+    row_tiles, rank_tiles = _cdiv(rows, block_t), _cdiv(stack, block_r)
     # Two steps a program at least, or summing the partial sums costs more than it saves.
-    splits = 1 if beside else _splits(tiles[0] * tiles[1], _cdiv(in_features, 2 * block_k), x.device)
+    splits = 1 if beside else _splits(row_tiles * rank_tiles, _cdiv(in_features, 2 * block_k), x.device)
     split_size = _cdiv(_cdiv(in_features, splits), block_k) * block_k
     partial = torch.empty(splits, rows, stack, dtype=torch.float32, device=x.device) if splits > 1 else None
     out = h if partial is None else partial
-    _lora_down_kernel[(*tiles, splits)](
-        x, matrices, out, seed, rows, in_features, ranks, strides_r, stride_k, stack, out.stride(-2), scale, threshold,
+    _lora_down_kernel[(row_tiles, rank_tiles, splits)](
+        x, matrices, out, seed, rows, in_features, ranks, strides_r, stride_k, stack, out.stride(-2), scale,
+        threshold,
         split_size,
-        DROPOUT=threshold > 0, EVEN_K=in_features % block_k == 0, ALIGNED=_aligned(matrices), PRECISION=_precision(x.dtype), OVERLAP=beside,
-        BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=warps, num_stages=stages, **_overlapping(overlap),
+        DROPOUT=threshold > 0, EVEN_K=in_features % block_k == 0, ALIGNED=_aligned(matrices),
+        PRECISION=_precision(x.dtype), OVERLAP=beside,
+        BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=warps, num_stages=stages,
+        **_overlapping(overlap),
     )  # fmt: skip
     if partial is not None:
         launch_reduce([(partial, (h,))])
@@ -673,7 +702,8 @@ def launch_lora_product(lefts, matrices, bias, skinny, updates, scale, threshold
         UPDATE="parts" if dropout or stack > block_r else "early" if stack <= EARLY_RANK else "late",
         ALIGNED=_aligned(updates), TRANSPOSED=transposed,
         OVERLAP=overlap, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=block_r, GROUP=group,
-        PARTS=parts, PROGRAMS=programs, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS, **_overlapping(overlap),
+        PARTS=parts, PROGRAMS=programs, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS,
+        **_overlapping(overlap),
     )  # fmt: skip
     return out
 
@@ -693,20 +723,21 @@ def launch_lora_up(out, skinny, updates, scale, threshold, seed):
     )  # fmt: skip
 
 
-def launch_lora_outer(left, skinny, outs, scale, threshold, seed, *, update=None, overlap=False):
+def launch_lora_outer(left, skinny, outs, scale, threshold, seed, *, update=None, overlap=False, long=False):
     """The stacked outs (rank, columns) = scale * skinnyᵀ drop(left), from left (rows, columns), skinny (rows, stack).
 
     Returns what `launch_reduce` has to sum up yet, so that one launch can do so for several.
 
     `update`, (grad_x, matrices), also adds scale * mask∘(skinny matrices) to grad_x in place; its stack must fit one
-    block. `overlap` starts beside the product that was launched before.
+    block. `overlap` starts beside the product that was launched before, a `long` one or not.
     """
     rows, columns = left.shape
     stack, ranks, strides_r, stride_c = _stack(outs)
     grad_x, matrices = (None, outs) if update is None else (update[0], _stackable(update[1]))
     _, _, matrix_strides_r, matrix_stride_c = _stack(matrices)
     name = "outer_dropout" if threshold else "outer"
-    name += "_beside" if overlap else ""
+    if overlap:
+        name = "outer_behind" if long and not threshold else name + "_beside"
     block_t, block_c, warps, stages, per_sm = _config(name, stack, left)
     row_tiles = _cdiv(rows, block_t)
     if row_tiles <= 8:
@@ -720,7 +751,8 @@ def launch_lora_outer(left, skinny, outs, scale, threshold, seed, *, update=None
         left, skinny, outs, partial, matrices, grad_x, seed, rows, columns, skinny.stride(0), stack, ranks, strides_r,
         stride_c, matrix_strides_r, matrix_stride_c, scale, threshold, row_tiles,
         SPLIT=partial is not None, UPDATE=grad_x is not None, DROPOUT=threshold > 0, EVEN_C=columns % block_c == 0,
-        ALIGNED=_aligned(outs) and _aligned(matrices), PRECISION=_precision(left.dtype), OVERLAP=overlap, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_R=block_r,
+        ALIGNED=_aligned(outs) and _aligned(matrices), PRECISION=_precision(left.dtype), OVERLAP=overlap,
+        BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_R=block_r,
         num_warps=warps, num_stages=stages, **_overlapping(overlap),
     )  # fmt: skip
     return [] if partial is None else [(partial, outs)]
@@ -731,23 +763,23 @@ def stack_size(ranks) -> int:
     return sum(map(padded, ranks))
 
 
-def _masks(thresholds, keep_scales, seeds):
-    """The stacks that share a mask: (members, threshold, keep_scale, seed) each."""
-    members = range(len(thresholds))
+def _masks(ranks, thresholds, keep_scales, seeds):
+    """The adapters (rank above 0) that share a mask, with its threshold, keep_scale and seed."""
+    members = [i for i, rank in enumerate(ranks) if rank > 0]
     if seeds is None or seeds.numel() == 1:
-        return [(list(members), thresholds[0], keep_scales[0], seeds)]
+        return [(members, thresholds[0], keep_scales[0], seeds)] if members else []
     return [([i], thresholds[i], keep_scales[i], seeds[i : i + 1]) for i in members]
 
 
 def _columns(ranks, members) -> slice:
-    """The columns of h of neighbouring members."""
+    """The columns of h from the first of the members to the last."""
     first = stack_size(ranks[: members[0]])
     return slice(first, first + stack_size(ranks[members[0] : members[-1] + 1]))
 
 
 @functools.lru_cache
 def _side_stream_of(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1)  # or the base product's tiles would be placed first
 
 
 def _side_stream(like: torch.Tensor) -> torch.cuda.Stream | None:
@@ -795,21 +827,20 @@ def launch_lora_group(
     rows = x.shape[0]
     h = torch.empty(rows, stack_size(ranks), dtype=x.dtype, device=x.device)
     served = [
-        rows > 0 and rank > 0 and product_serves(x, weight.T, rank) for weight, rank in zip(weights, ranks, strict=True)
+        rows > 0 and rank > 0 and product_serves(x, weight.T, rank)
+        for weight, rank in zip(weights, ranks, strict=True)
     ]
     updates = [packed(lora_B.T, x) for lora_B in lora_Bs]  # before the chain of launches that overlap
     if rows > 0:
         launched = False
         side = None if any(served) else _side_stream(x)
         with _on(side):
-            for members, threshold, keep_scale, seed in _masks(thresholds, keep_scales, seeds):
-                adapters = [lora_As[i] for i in members if ranks[i] > 0]
-                if adapters:
-                    columns = h[:, _columns(ranks, members)]
-                    launch_lora_down(
-                        x, adapters, columns, keep_scale, threshold, seed, beside=any(served), overlap=launched
-                    )
-                    launched = any(served)
+            for members, threshold, keep_scale, seed in _masks(ranks, thresholds, keep_scales, seeds):
+                adapters, columns = [lora_As[i] for i in members], h[:, _columns(ranks, members)]
+                launch_lora_down(
+                    x, adapters, columns, keep_scale, threshold, seed, beside=any(served), overlap=launched
+                )
+                launched = any(served)
     ys = []
     for i in range(len(weights)):
         skinny = h[:, _columns(ranks, [i])]
@@ -860,43 +891,50 @@ def launch_lora_group_backward(
         and len(grads) <= PRODUCTS
         and all(product_serves(grad, weight, stack_size(ranks)) for grad, weight in zip(grads, weights, strict=True))
     )
+    long = x.shape[1] * sum(grad.shape[1] for grad in grads) >= LONG_PRODUCT
     q = torch.empty(rows, stack_size(ranks), dtype=x.dtype, device=x.device)
     side = None if fused else _side_stream(x)
     pending = []
     with _on(side):
         # Copies first: a launch of another kind between would keep the passes from overlapping.
-        for i, update in [(i, packed(lora_Bs[i].T, x)) for i in adapted]:
+        for i, lora_B_T in [(i, packed(lora_Bs[i].T, x)) for i in adapted]:
             columns = q[:, _columns(ranks, [i])]
             launch_lora_down(
-                grads[i], [update], columns, scalings[i], 0, None, beside=fused, overlap=fused and i != adapted[0]
+                grads[i], [lora_B_T], columns, scalings[i], 0, None, beside=fused, overlap=fused and i != adapted[0]
             )
         if not fused:
             for i in adapted:
                 columns = h[:, _columns(ranks, [i])]
                 pending += launch_lora_outer(grads[i], columns, (grad_Bs[i].T,), scalings[i], 0, None)
-    masks = [
-        ([i for i in members if ranks[i] > 0], *mask) for members, *mask in _masks(thresholds, keep_scales, seeds)
-    ]
+    masks = _masks(ranks, thresholds, keep_scales, seeds)
     grad_x = x.new_empty(0)
     if fused:
         grad_x = launch_lora_product(grads, weights, None, q, lora_As, 1.0, thresholds, keep_scales, seeds)
     elif need_grad_x:
         # After the passes over dY and before those over x, which then find the last rows of grad_x in L2.
         grad_x = _base_grad_x(grads, weights)
-    _join(side, x)
-    for members, threshold, keep_scale, seed in masks:
-        if members:
+    # Where grad_x is there already, one pass over x updates it with the mask that it makes for A's gradient anyway.
+    in_one_pass = need_grad_x and not fused and side is None
+    with _on(side):
+        for members, threshold, keep_scale, seed in masks:
             columns = q[:, _columns(ranks, members)]
-            adapters = [lora_As[i] for i in members]
-            update = (grad_x, adapters) if need_grad_x and not fused and columns.shape[1] <= MAX_BLOCK_RANK else None
+            update = None
+            if in_one_pass and columns.shape[1] <= MAX_BLOCK_RANK:
+                update = (grad_x, [lora_As[i] for i in members])
             outs = tuple(grad_As[i] for i in members)
-            pending += launch_lora_outer(x, columns, outs, keep_scale, threshold, seed, update=update, overlap=fused)
-            if need_grad_x and not fused and update is None:
-                launch_lora_up(grad_x, columns, adapters, keep_scale, threshold, seed)
+            pending += launch_lora_outer(
+                x, columns, outs, keep_scale, threshold, seed, update=update, overlap=fused, long=long
+            )
+    _join(side, x)
+    if need_grad_x and not fused:
+        for members, threshold, keep_scale, seed in masks:
+            columns = q[:, _columns(ranks, members)]
+            if not in_one_pass or columns.shape[1] > MAX_BLOCK_RANK:
+                launch_lora_up(grad_x, columns, [lora_As[i] for i in members], keep_scale, threshold, seed)
     if fused:
         for i in adapted:
             pending += launch_lora_outer(
-                grads[i], h[:, _columns(ranks, [i])], (grad_Bs[i].T,), scalings[i], 0, None, overlap=True
+                grads[i], h[:, _columns(ranks, [i])], (grad_Bs[i].T,), scalings[i], 0, None, overlap=True, long=long
             )
     launch_reduce(pending)
     return grad_x, grad_As, grad_Bs

@@ -1,13 +1,13 @@
 """LoRA forward and backward where every segment of rows has an adapter, and so a rank, of its own.
 
-The passes of kernels/lora_linear.py, with one change: which rows belong to which adapter is read on the device. A pass
-over the rows gets one program for every stretch that a row tile and a segment share. There are at most as many as tiles
-and segments together, so the grid needs nothing from the device; programs without a stretch end at once. The gradient of
-an adapter is summed by programs that walk its segments in order, so results repeat bit for bit.
+The passes of kernels/lora_linear.py, with one change: which rows belong to which adapter is read on the device. A
+pass over the rows gets one program for every stretch that a row tile and a segment share. There are at most as many
+as tiles and segments together, so the grid needs nothing from the device; programs without a stretch end at once.
+The gradient of an adapter is summed by programs that walk its segments in order, so results repeat bit for bit.
 
-Adapters are stacked as the caller stacks them: A (Σ ranks, in), B (out, Σ ranks). `ints` holds first row in the stack,
-rank and dropout threshold of each, `floats` scaling and keep_scale. Rows of h and q are as wide as the largest rank;
-what lies behind a row's own rank is neither written nor read.
+Adapters are stacked as the caller stacks them: A (Σ ranks, in), B (out, Σ ranks). `ints` holds first row in the
+stack, rank and dropout threshold of each, `floats` scaling and keep_scale. Rows of h and q are as wide as the
+largest rank; what lies behind a row's own rank is neither written nor read.
 """
 
 import torch
@@ -132,7 +132,8 @@ def _segment_operands(
 
 @triton.jit(do_not_specialize=["segments", "count"])
 def _segments_product_kernel(
-    left, matrix, out, bias, skinny, updates, offsets, adapters, ints, scales, rows, columns, reduced, segments, count,
+    left, matrix, out, bias, skinny, updates, offsets, adapters, ints, scales, rows, columns, reduced, segments,
+    count,
     skinny_stride, update_stride_r, update_stride_c,
     SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -147,27 +148,37 @@ def _segments_product_kernel(
         tile_t, tile_c = _tile_order(tile, tiles_t, tiles_c, GROUP)
         first_t, first_c = tile_t * BLOCK_T, tile_c * BLOCK_C
         t, c = first_t + tl.arange(0, BLOCK_T), first_c + tl.arange(0, BLOCK_C)
-        total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-        total = _accumulate(total, left, matrix, first_t, first_c, reduced, TRANSPOSED, BLOCK_K)
-        if OVERLAP:
-            if tile < PROGRAMS:
-                gdc_wait()
-                gdc_launch_dependents()
-        # Most tiles lie in one segment, and most ranks fit one block.
+        # Most tiles lie in one segment, and most ranks fit one block. Where that is is looked up before the product.
         j = tl.maximum(tl.sum((starts <= first_t).to(tl.int32)) - 1, 0)
         last = tl.sum((starts < tl.minimum(first_t + BLOCK_T, rows)).to(tl.int32))
-        while j < last:
-            begin, end, adapter, first, rank = _segment(offsets, adapters, ints, segments, count, rows, j)
-            scale = 1.0
-            if SCALED:
-                scale = tl.load(scales + 2 * adapter)
-            for first_r in tl.range(0, rank, BLOCK_R, num_stages=1):
-                skinny_tile, update_tile = _segment_operands(
-                    skinny + first_r, skinny_stride, updates, update_stride_r, update_stride_c, t, c, r, columns,
-                    begin, end, first + first_r, rank - first_r,
-                )  # fmt: skip
-                total = tl.dot(skinny_tile, (scale * update_tile).to(dtype), total)
-            j += 1
+        begin, end, adapter, first, rank = _segment(offsets, adapters, ints, segments, count, rows, j)
+        scale = 1.0
+        if SCALED:
+            scale = tl.load(scales + 2 * adapter)
+        total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+        total = _accumulate(total, left, matrix, first_t, first_c, reduced, TRANSPOSED, BLOCK_K)
+        if OVERLAP and tile < PROGRAMS:
+            gdc_wait()
+            gdc_launch_dependents()
+        skinny_tile, update_tile = _segment_operands(
+            skinny, skinny_stride, updates, update_stride_r, update_stride_c, t, c, r, columns, begin, end, first,
+            rank
+        )  # fmt: skip
+        total = tl.dot(skinny_tile, (scale * update_tile).to(dtype), total)
+        first_r = BLOCK_R
+        while (j < last - 1) | (first_r < rank):
+            if first_r >= rank:
+                j += 1
+                first_r = 0
+                begin, end, adapter, first, rank = _segment(offsets, adapters, ints, segments, count, rows, j)
+                if SCALED:
+                    scale = tl.load(scales + 2 * adapter)
+            skinny_tile, update_tile = _segment_operands(
+                skinny + first_r, skinny_stride, updates, update_stride_r, update_stride_c, t, c, r, columns, begin,
+                end, first + first_r, rank - first_r,
+            )  # fmt: skip
+            total = tl.dot(skinny_tile, (scale * update_tile).to(dtype), total)
+            first_r += BLOCK_R
         if HAS_BIAS:
             total += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
         _store_parts(out, total, first_t, first_c, PARTS)
@@ -180,7 +191,7 @@ def _segments_up_kernel(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, columns) += scale * mask∘(skinny updates), each row with its own adapter's updates (stack, columns)."""
+    """out (rows, columns) += scale * mask∘(skinny updates), with updates (stack, columns) of each row's own adapter."""
     # The last rows first: what the base product wrote last is still in L2.
     slot = tl.num_programs(1) - 1 - tl.program_id(1)
     first_row, begin, end, adapter, first, rank = _stretch(
@@ -278,12 +289,15 @@ class _Segments:
 
 
 def _packed(stack, like):
-    """The stack (Σ ranks, other) contiguous in like's dtype: as wide as all adapters together, it is read by every tile."""
+    """The stack (Σ ranks, other) contiguous in like's dtype:
+
+    As wide as all adapters together, it is read by every tile.
+    """
     return stack.to(like.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _down(x, matrix, segments, scales, *, dropout, beside):
-    """h (rows, max_rank) = scale * drop(x) matrixᵀ, matrix (stack, in_features); padded so that its rows are aligned."""
+    """h (rows, max_rank) = scale * drop(x) matrixᵀ for matrix (stack, in_features); padded to have aligned rows."""
     rows, in_features = x.shape
     block_t, block_k, warps, stages = _config("down_beside" if beside else "down", segments.block_r, x)
     h = torch.empty(rows, -(-segments.max_rank // 16) * 16, dtype=x.dtype, device=x.device)
@@ -326,7 +340,8 @@ def _up(out, skinny, updates, segments, scales, *, dropout):
     rows, columns = out.shape
     block_t, block_c, warps, stages = _config("up", segments.block_r, out)
     _segments_up_kernel[(_cdiv(columns, block_c), segments.slots(rows, block_t))](
-        out, skinny, updates, segments.seed, segments.offsets, segments.adapters, segments.ints, scales, rows, columns,
+        out, skinny, updates, segments.seed, segments.offsets, segments.adapters, segments.ints, scales, rows,
+        columns,
         segments.segments, segments.count, skinny.stride(0), updates.stride(0), updates.stride(1),
         DROPOUT=dropout, PRECISION=_precision(out.dtype), BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_R=segments.block_r,
         BLOCK_S=segments.block_s, num_warps=warps, num_stages=stages,
@@ -343,7 +358,8 @@ def _outer(left, skinny, stack, segments, scales, *, dropout, overlap):
     splits = _splits(strips, max(1, _cdiv(rows, block_t) // 8), left.device)
     partial = torch.empty(splits, stack, columns, dtype=torch.float32, device=left.device)
     _segments_outer_kernel[(strips, splits, segments.count * segments.rank_tiles)](
-        left, skinny, partial, segments.seed, segments.offsets, segments.adapters, segments.ints, scales, rows, columns,
+        left, skinny, partial, segments.seed, segments.offsets, segments.adapters, segments.ints, scales, rows,
+        columns,
         segments.segments, stack, skinny.stride(0),
         DROPOUT=dropout, EVEN_C=columns % block_c == 0, PRECISION=_precision(left.dtype), OVERLAP=overlap,
         BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_R=segments.block_r, RANK_TILES=segments.rank_tiles, num_warps=warps,
@@ -355,7 +371,8 @@ def _outer(left, skinny, stack, segments, scales, *, dropout, overlap):
 def launch_lora_segments(
     x, weight, bias, lora_A, lora_B, ints, floats, offsets, adapters, seed, max_rank, any_dropout
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = x Wᵀ + b + s_i (drop_i(x) A_iᵀ) B_iᵀ with the adapter i of each row's segment, and h (rows, max_rank padded).
+    """y = x Wᵀ + b + s_i (drop_i(x) A_iᵀ) B_iᵀ with the adapter i of each row's segment, and h (rows, max_rank
+    padded).
 
     Args:
         x: (rows, in_features), contiguous.

@@ -1,9 +1,10 @@
 """The dropout mask as a function of (seed, row, column): plain torch reference of what every backend generates.
 
 Counter-based (Philox4x32-7; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, with the
-fewest rounds that pass its tests, since the rounds are what a mask costs), so the mask is never stored, does not depend on tiling or thread count, and is the same in forward, in backward and under
-checkpoint replay. One Philox call serves 8 columns with 16 bits each, those that one thread holds of a tensor core's
-operand or accumulator (four pairs of neighbours, 8 columns apart), so that no bit has to change threads:
+fewest rounds that pass its tests, since the rounds are what a mask costs), so the mask is never stored, does not
+depend on tiling or thread count, and is the same in forward, in backward and under checkpoint replay. One Philox
+call serves 8 columns with 16 bits each, those that one thread holds of a tensor core's operand or accumulator (four
+pairs of neighbours, 8 columns apart), so that no bit has to change threads:
 
     counter = (4 (column // 32) + column % 8 // 2, row mod 2^32, row // 2^32, 0)
     key     = (seed mod 2^32, seed // 2^32)

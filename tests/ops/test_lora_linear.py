@@ -308,6 +308,51 @@ def test_triton_product_with_the_update_in_its_accumulator(dtype, p, conv1d, siz
         assert relative_error(value, reference) <= 4 * RELATIVE[dtype], name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "native"])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_more_elements_than_32_bits_count(name, p):
+    rows, in_features, out_features, rank = 2**31 // 1024 + 777, 1024, 64, 5
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("less than 40 GiB of GPU memory")
+    _, weight, bias, lora_A, lora_B = make((1, in_features, out_features, rank), torch.bfloat16, "cuda")
+    last = torch.randn(3, in_features, device="cuda").bfloat16()
+    upstream = torch.randn(3, out_features, device="cuda").bfloat16()
+    x = torch.zeros(rows, in_features, device="cuda", dtype=torch.bfloat16)
+    grad = torch.zeros(rows, out_features, device="cuda", dtype=torch.bfloat16)
+    x[-3:], grad[-3:] = last, upstream
+    seed = torch.tensor([7], device="cuda")
+    with use_backend(name):
+        y, h = _lora_linear(x, weight, bias, lora_A, lora_B, 0.7, p, seed)
+        got = y[-3:], *_lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.7, p, seed, True)
+    # The last rows alone, under the mask that they have at their place.
+    row = torch.arange(rows - 3, rows)
+    kept = torch.cat([_mask_of_row(int(t), in_features, p, 7) for t in row]).cuda().double() * keep_scale(p)
+    wide = [t.double() for t in (last, weight, bias, lora_A, lora_B)]
+    dropped, scaled = wide[0] * kept, 0.7 * upstream.double()
+    expected = linear(wide[0], *wide[1:3]) + 0.7 * dropped @ wide[3].T @ wide[4].T
+    assert relative_error(got[0], expected) <= 4 * RELATIVE[torch.bfloat16]
+    grad_x = upstream.double() @ wide[1] + kept * (scaled @ wide[4] @ wide[3])
+    assert relative_error(got[1][-3:], grad_x) <= 4 * RELATIVE[torch.bfloat16]
+    assert relative_error(got[2], (scaled @ wide[4]).T @ dropped) <= 4 * RELATIVE[torch.bfloat16]
+    assert relative_error(got[3], scaled.T @ (dropped @ wide[3].T)) <= 4 * RELATIVE[torch.bfloat16]
+
+
+def _mask_of_row(row, columns, p, seed):
+    """One row of the mask, (1, columns), as `keep_mask` of all rows up to it has it last."""
+    from sensilora.ops._dropout import _philox, threshold
+
+    call = torch.arange(columns // 8)
+    words = _philox((call, torch.full_like(call, row), torch.zeros_like(call), torch.zeros_like(call)), seed)
+    halves = torch.stack([torch.stack((word & 0xFFFF, word >> 16), dim=-1) for word in words], dim=-2)
+    return (halves.unflatten(0, (-1, 4)).transpose(1, 2).flatten()[None, :]) >= threshold(p)
+
+
+def test_one_row_of_the_mask():
+    expected = keep_mask(41, 96, 0.3, 7)[40:]
+    assert torch.equal(_mask_of_row(40, 96, 0.3, 7), expected)
+
+
 @pytest.mark.parametrize("threshold", [0, 3277])
 @pytest.mark.parametrize("sizes", [(130, 64, 48, 33), (70, 40, 24, 5), (300, 72, 136, 130)])
 def test_triton_skinny_passes_read_nothing_outside_their_inputs(device, sizes, threshold):
