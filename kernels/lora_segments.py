@@ -191,7 +191,7 @@ def _segments_up_kernel(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, columns) += scale * mask∘(skinny updates), with updates (stack, columns) of each row's own adapter."""
+    """out (rows, columns) += scale * mask∘(skinny updates), each row from its own adapter's (stack, columns)."""
     # The last rows first: what the base product wrote last is still in L2.
     slot = tl.num_programs(1) - 1 - tl.program_id(1)
     first_row, begin, end, adapter, first, rank = _stretch(
