@@ -477,7 +477,9 @@ def _reduce_kernel(
     for i in tl.static_range(len(outs)):
         if (row >= 0) & (row < ranks[i]):
             index = (first_rows[i] + row).to(tl.int64) * columns[i] + c
-            total = sum_partials(partials[i], index, stacks[i].to(tl.int64) * columns[i], splits[i], SPLITS)
+            # A size of 1 arrives as a Python number.
+            size = tl.cast(stacks[i], tl.int64) * columns[i]
+            total = sum_partials(partials[i], index, size, splits[i], SPLITS)
             pointers = outs[i] + row.to(tl.int64) * strides_r[i] + c.to(tl.int64) * strides_c[i]
             tl.store(pointers, total.to(outs[i].dtype.element_ty), mask=c < columns[i])
         row -= ranks[i]
@@ -691,7 +693,7 @@ def launch_lora_product(lefts, matrices, bias, skinny, updates, scale, threshold
     tiles = _cdiv(rows, block_t) * _cdiv(columns, block_c)
     # No more programs than finish together.
     programs = _cdiv(tiles, _cdiv(tiles, multiprocessors(out.device)))
-    block_r = min(64, _bucket(stack))
+    block_r = min(64, _bucket(stack if stacks == 1 else max(map(padded, ranks))))
     _lora_product_kernel[(programs,)](
         *(TensorDescriptor.from_tensor(left, [block_t, block_k]) for left in lefts), *missing,
         *(TensorDescriptor.from_tensor(m.T if transposed else m, shape) for m in matrices), *missing,
@@ -783,11 +785,11 @@ def _side_stream_of(device: torch.device) -> torch.cuda.Stream:
 
 
 def _side_stream(like: torch.Tensor) -> torch.cuda.Stream | None:
-    """A stream for passes that may run beside the base product, where the order of a CUDA graph is being recorded.
+    """A stream for passes that may run beside the base product of few rows, where a CUDA graph is being captured.
 
     Outside of graphs forking costs the host more than it saves the device.
     """
-    if not like.is_cuda or not torch.cuda.is_current_stream_capturing():
+    if not like.is_cuda or like.shape[0] >= PRODUCT_MIN_ROWS or not torch.cuda.is_current_stream_capturing():
         return None
     side = _side_stream_of(like.device)
     side.wait_stream(torch.cuda.current_stream(like.device))
@@ -831,19 +833,21 @@ def launch_lora_group(
         for weight, rank in zip(weights, ranks, strict=True)
     ]
     updates = [packed(lora_B.T, x) for lora_B in lora_Bs]  # before the chain of launches that overlap
-    if rows > 0:
-        launched = False
-        side = None if any(served) else _side_stream(x)
-        with _on(side):
-            for members, threshold, keep_scale, seed in _masks(ranks, thresholds, keep_scales, seeds):
-                adapters, columns = [lora_As[i] for i in members], h[:, _columns(ranks, members)]
-                launch_lora_down(
-                    x, adapters, columns, keep_scale, threshold, seed, beside=any(served), overlap=launched
-                )
-                launched = any(served)
+    masks = {mask[0][0]: mask for mask in _masks(ranks, thresholds, keep_scales, seeds)} if rows > 0 else {}
+    side = None if rows == 0 or any(served) else _side_stream(x)
     ys = []
+    overlap = False
     for i in range(len(weights)):
+        if i in masks:
+            # Projections with a mask of their own: from the second on the pass runs beside the product before it.
+            members, threshold, keep_scale, seed = masks[i]
+            adapters, columns = [lora_As[j] for j in members], h[:, _columns(ranks, members)]
+            with _on(side):
+                launch_lora_down(
+                    x, adapters, columns, keep_scale, threshold, seed, beside=any(served), overlap=overlap
+                )
         skinny = h[:, _columns(ranks, [i])]
+        overlap = served[i]
         if served[i]:
             product = launch_lora_product(
                 [x], [weights[i].T], biases[i], skinny, [updates[i]], scalings[i], [0], [1.0], None
@@ -855,8 +859,7 @@ def launch_lora_group(
                 _join(side, x)
                 launch_lora_up(y, skinny, [updates[i]], scalings[i], 0, None)
             ys.append(y)
-    if rows > 0:
-        _join(side, x)
+    _join(side, x)
     return ys, h
 
 
@@ -913,8 +916,8 @@ def launch_lora_group_backward(
     elif need_grad_x:
         # After the passes over dY and before those over x, which then find the last rows of grad_x in L2.
         grad_x = _base_grad_x(grads, weights)
-    # Where grad_x is there already, one pass over x updates it with the mask that it makes for A's gradient anyway.
-    in_one_pass = need_grad_x and not fused and side is None
+    # With many rows, one pass over x also updates grad_x, with the mask that it makes for A's gradient anyway.
+    in_one_pass = need_grad_x and not fused and rows >= PRODUCT_MIN_ROWS
     with _on(side):
         for members, threshold, keep_scale, seed in masks:
             columns = q[:, _columns(ranks, members)]
