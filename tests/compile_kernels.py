@@ -1,0 +1,167 @@
+"""Compiles Triton kernels for a GPU that is not there and prints the registers and memory they take.
+
+A process of its own, because the other tests run the same kernels under Triton's interpreter, which neither types
+them nor allots registers. Arguments are given as types: "1" is an integer of 1 (which Triton compiles in), "i32" an
+integer divisible by 16, "i32 any" one that need not be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sensilora.kernels import lora_linear, lora_segments
+
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+def compiled(kernel, types: dict, constants: dict, **options) -> dict[str, int]:
+    """Registers a thread, bytes of them spilled, and bytes of shared memory a program."""
+    signature, values, attributes = {}, {}, {}
+
+    def add(path, kind):
+        if kind is None or kind == "1":
+            values[path] = None if kind is None else 1
+            return "constexpr"
+        if kind == "i32" or kind.startswith("*"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind.removesuffix(" any")
+
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[(index,)] = "constexpr", constants[name]
+        elif isinstance(types[name], tuple):
+            signature[name] = tuple(add((index, i), kind) for i, kind in enumerate(types[name]))
+        else:
+            signature[name] = add((index,), types[name])
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    binary = triton.compile(source, target=HOPPER, options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()
+    return {"registers": int(registers), "spilled": int(stack), "shared": binary.metadata.shared}
+
+
+def product(members: int, rank_block: int, update: str, transposed: bool, dropout: bool = False) -> dict[str, int]:
+    block_t, block_c, block_k, group, warps, stages = lora_linear.PRODUCT_CONFIG
+    parts = lora_linear.PRODUCT_PARTS[dropout]
+    left, products = f"tensordesc<bf16[{block_t}, {block_k}]>", range(lora_linear.PRODUCTS)
+    shape = (block_c, block_k) if transposed else (block_k, block_c)
+    there = [i < members for i in products]
+    types = {
+        **{f"left{i}": left if there[i] else None for i in products},
+        **{f"matrix{i}": f"tensordesc<bf16[{shape[0]}, {shape[1]}]>" if there[i] else None for i in products},
+        **{f"reduced{i}": "i32" if there[i] else None for i in products},
+        "out": f"tensordesc<bf16[{block_t}, {block_c // parts}]>",
+        "bias": "*bf16" if transposed else None,
+        "skinny": "*bf16",
+        "updates": ("*fp32",) * members,
+        "seeds": "*i64" if dropout else None,
+        **dict.fromkeys(("rows", "columns", "skinny_stride", "stack"), "i32"),
+        "ranks": ("i32 any",) * members,
+        # B is read along its ranks, A along its columns.
+        "update_strides_r": ("1" if transposed else "i32",) * members,
+        "update_stride_c": "i32" if transposed else "1",
+        "scale": "fp32",
+        "thresholds": ("i32 any",) * members,
+        "keep_scales": ("fp32",) * members,
+    }
+    constants = {
+        "PRODUCTS": members, "HAS_BIAS": transposed, "DROPOUT": dropout, "STACKS": members if dropout else 1,
+        "UPDATE": update, "ALIGNED": not transposed, "TRANSPOSED": transposed, "OVERLAP": True, "BLOCK_T": block_t,
+        "BLOCK_C": block_c, "BLOCK_K": block_k, "BLOCK_R": rank_block, "GROUP": group, "PARTS": parts,
+        "PROGRAMS": 128,
+    }  # fmt: skip
+    kernel, registers = lora_linear._lora_product_kernel, lora_linear.PRODUCT_REGISTERS
+    return compiled(kernel, types, constants, num_warps=warps, num_stages=stages, maxnreg=registers)
+
+
+def down(name: str, bucket: int, members: int, dropout: bool = False) -> dict[str, int]:
+    block_t, block_k, warps, stages = lora_linear.CONFIGS[name][bucket]
+    types = {
+        "x": "*bf16", "matrices": ("*fp32",) * members, "h": "*bf16", "seed": "*i64" if dropout else None,
+        **dict.fromkeys(("rows", "in_features", "columns", "h_stride", "split_size"), "i32"),
+        "ranks": ("i32 any",) * members, "strides_r": ("i32",) * members, "stride_k": "1", "scale": "fp32",
+        "threshold": "i32 any",
+    }  # fmt: skip
+    constants = {
+        "DROPOUT": dropout, "EVEN_K": True, "ALIGNED": True, "PRECISION": "ieee", "OVERLAP": True,
+        "BLOCK_T": block_t, "BLOCK_K": block_k, "BLOCK_R": bucket,
+    }  # fmt: skip
+    return compiled(lora_linear._lora_down_kernel, types, constants, num_warps=warps, num_stages=stages)
+
+
+def outer(name: str, bucket: int, dropout: bool = False) -> dict[str, int]:
+    block_t, block_c, warps, stages, _ = lora_linear.CONFIGS[name][bucket]
+    types = {
+        "left": "*bf16", "skinny": "*bf16", "outs": ("*fp32",), "partial": "*fp32", "matrices": ("*fp32",),
+        "grad_x": None, "seed": "*i64" if dropout else None, "ranks": ("i32 any",),
+        **dict.fromkeys(("rows", "columns", "skinny_stride", "stack"), "i32"),
+        **dict.fromkeys(("out_strides_r", "matrix_strides_r"), ("i32",)),
+        **dict.fromkeys(("out_stride_c", "matrix_stride_c"), "1"),
+        "scale": "fp32", "threshold": "i32 any", "row_tiles": "i32 any",
+    }  # fmt: skip
+    constants = {
+        "SPLIT": True, "UPDATE": False, "DROPOUT": dropout, "EVEN_C": True, "ALIGNED": True, "PRECISION": "ieee",
+        "OVERLAP": True, "BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": bucket,
+    }  # fmt: skip
+    return compiled(lora_linear._lora_outer_kernel, types, constants, num_warps=warps, num_stages=stages)
+
+
+def reduce(size: str) -> dict[str, int]:
+    """Sums of partials whose sizes are all of one kind."""
+    sizes = dict.fromkeys(("first_rows", "stacks", "splits", "columns", "ranks", "strides_r", "strides_c"), (size,))
+    types = {"partials": ("*fp32",), "outs": ("*bf16",), **sizes}
+    return compiled(lora_linear._reduce_kernel, types, {"SPLITS": 16, "BLOCK": 256}, num_warps=4)
+
+
+def segments_product() -> dict[str, int]:
+    block_t, block_c, block_k, group, warps, stages = lora_linear.PRODUCT_CONFIG
+    types = {
+        "left": f"tensordesc<bf16[{block_t}, {block_k}]>", "matrix": f"tensordesc<bf16[{block_c}, {block_k}]>",
+        "out": f"tensordesc<bf16[{block_t}, {block_c // 2}]>", "bias": None, "skinny": "*bf16", "updates": "*bf16",
+        "offsets": "*i64", "adapters": "*i64", "ints": "*i32", "scales": "*fp32",
+        **dict.fromkeys(("rows", "columns", "reduced", "skinny_stride", "update_stride_r"), "i32"),
+        "segments": "i32 any", "count": "i32 any", "update_stride_c": "1",
+    }  # fmt: skip
+    constants = {
+        "SCALED": True, "HAS_BIAS": False, "TRANSPOSED": True, "OVERLAP": True, "BLOCK_T": block_t,
+        "BLOCK_C": block_c, "BLOCK_K": block_k, "BLOCK_R": 64, "BLOCK_S": 16, "GROUP": group, "PARTS": 2,
+        "PROGRAMS": 128,
+    }  # fmt: skip
+    kernel, registers = lora_segments._segments_product_kernel, lora_linear.PRODUCT_REGISTERS
+    return compiled(kernel, types, constants, num_warps=warps, num_stages=stages, maxnreg=registers)
+
+
+CASES = {
+    "reduce of sizes of one": lambda: reduce("1"),
+    "reduce of other sizes": lambda: reduce("i32 any"),
+    "product early 16": lambda: product(1, 16, "early", transposed=True),
+    "product early 32": lambda: product(1, 32, "early", transposed=False),
+    "product late 64": lambda: product(3, 64, "late", transposed=False),
+    "product dropout 16": lambda: product(1, 16, "parts", transposed=False, dropout=True),
+    "segments product": segments_product,
+    "down_beside 16": lambda: down("down_beside", 16, 1),
+    "down_beside 16 dropout": lambda: down("down_beside", 16, 1, dropout=True),
+    "down_beside 64": lambda: down("down_beside", 64, 3),
+    "outer_beside 16": lambda: outer("outer_beside", 16),
+    "outer_dropout_beside 16": lambda: outer("outer_dropout_beside", 16, dropout=True),
+}
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    json.dump({name: case() for name, case in CASES.items()}, sys.stdout)

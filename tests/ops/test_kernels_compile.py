@@ -1,0 +1,43 @@
+"""Triton kernels compiled for a Hopper GPU on any machine: what the interpreter does not see."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+# Of a multiprocessor of compute capability 9.0; a program takes another KiB.
+REGISTERS, SHARED, RESERVED = 64 * 1024, 228 * 1024, 1024
+
+
+@pytest.fixture(scope="module")
+def usage():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.compile_kernels"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+def test_nothing_is_spilled_in_the_main_loops(usage):
+    # A few registers may wait in memory over the end of a tile where its update is large.
+    assert {name: case["spilled"] for name, case in usage.items() if case["spilled"] > 256} == {}
+
+
+@pytest.mark.parametrize("product", ["product early 16", "product early 32", "segments product"])
+@pytest.mark.parametrize("beside", ["down_beside 16", "down_beside 16 dropout", "outer_beside 16"])
+def test_the_skinny_passes_find_room_beside_the_product(usage, product, beside):
+    product, beside = usage[product], usage[beside]
+    # Eight warps and four, their registers allotted in steps of 8 a thread.
+    registers = 256 * -(-product["registers"] // 8) * 8 + 128 * -(-beside["registers"] // 8) * 8
+    assert registers <= REGISTERS
+    assert product["shared"] + beside["shared"] + 2 * RESERVED <= SHARED
+
+
+def test_sizes_of_one_compile(usage):
+    assert usage["reduce of sizes of one"]["registers"] > 0
