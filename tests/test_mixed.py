@@ -435,7 +435,8 @@ def test_an_adapter_peft_saved_is_loaded_under_a_name(tmp_path):
 def test_side_by_side_training_equals_two_separate_trainings(make, optimizer):
     names = ["a", "b", "a", BASE, "b", "a"]
     inputs = torch.randint(50, (8, 6, 12))
-    together = with_adapters(make(), ("a", "b")).train()
+    # In fp64, or rounding is amplified from step to step by however many threads sum.
+    together = with_adapters(make(), ("a", "b")).double().train()
     for module in together.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -460,7 +461,7 @@ def test_side_by_side_training_equals_two_separate_trainings(make, optimizer):
                 rows = [index for index, name in enumerate(names) if name == own]
                 step(model, samples[rows])
             for name, parameter in mixed.adapter_parameters(together, own).items():
-                torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-6, atol=1e-8)
 
 
 def test_a_frozen_adapter_stays(make):
