@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -435,6 +436,7 @@ def allocate(
     if len(given) != 1:
         raise BudgetError(f"give exactly one of {', '.join(budgets)}, not {' and '.join(given) or 'none of them'}")
     ((name_given, value),) = given.items()
+    value = _plain(value)
     kind = cast(BudgetKind, name_given)
     if alpha is None and use_rslora:
         raise BudgetError("use_rslora needs alpha, the scale being alpha / sqrt(rank); pass alpha")
@@ -453,13 +455,13 @@ def allocate(
         AllocationSettings,
         {
             "strategy": strategy,
-            "classes": classes,
+            "classes": _plain(classes),
             "weights": weights,
             "scores": scores,
             "temper": temper,
-            "min_rank": min_rank,
-            "max_rank": max_rank,
-            "multiple": multiple,
+            "min_rank": _plain(min_rank),
+            "max_rank": _plain(max_rank),
+            "multiple": _plain(multiple),
             "tie": _normal_tie(tie),
         },
     )
@@ -496,6 +498,11 @@ def allocate(
         scaling=rule,
         matrices=entries,
     )
+
+
+def _plain(value: Any) -> Any:
+    """An integer of numpy's as an int, which it counts as here; the fields below are strict."""
+    return operator.index(value) if isinstance(value, np.integer) else value
 
 
 def _checked(model: type[_Model], fields: dict[str, Any], **argument_of: str) -> _Model:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sensilora.errors import AdapterError, RankError
 from sensilora.ops import lora_group, lora_linear, lora_segments
 from sensilora.ops._lora import autocast_dtype, draw_seeds
-from sensilora.targets import is_conv1d, is_matrix, matrix_shape
+from sensilora.targets import is_conv1d, is_matrix, matrix_shape, whole_rank
 
 INITS = ("kaiming", "gaussian")
 
@@ -62,8 +62,7 @@ class VarRankLoRALinear(nn.Module):
         super().__init__()
         _check_base(base_layer)
         self.out_features, self.in_features = matrix_shape(base_layer)
-        check_settings(rank, base_layer, init, dropout)
-        self.rank = rank
+        self.rank = rank = check_settings(rank, base_layer, init, dropout)
         self.scaling = float(scaling)
         self.dropout = float(dropout)
         self.init = init
@@ -150,7 +149,7 @@ class VarRankLoRALinear(nn.Module):
             RankError: the rank is out of range.
             AdapterError: the adapter is merged.
         """
-        _check_rank(rank, self.base_layer)
+        rank = _checked_rank(rank, self.base_layer)
         if self.merged:
             raise AdapterError("a merged adapter cannot change its rank; call unmerge() first")
         # All that can fail comes before the layer is touched.
@@ -172,22 +171,24 @@ def _check_base(base_layer: nn.Module) -> None:
         raise AdapterError(f"base_layer must be nn.Linear or Conv1D, not {type(base_layer).__name__}")
 
 
-def check_settings(rank: int, base_layer: nn.Module, init: str, dropout: float) -> None:
-    """Raise what `VarRankLoRALinear` raises for arguments that no adapter of this layer can have."""
+def check_settings(rank: int, base_layer: nn.Module, init: str, dropout: float) -> int:
+    """The rank as an int. Raises what `VarRankLoRALinear` raises for arguments no adapter of this layer can have."""
     if init not in INITS:
         raise ValueError(f"init {init!r} is unknown; choose one of {', '.join(INITS)}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout must be in [0, 1], not {dropout}")
-    _check_rank(rank, base_layer)
+    return _checked_rank(rank, base_layer)
 
 
-def _check_rank(rank: int, base_layer: nn.Module) -> None:
+def _checked_rank(rank: int, base_layer: nn.Module) -> int:
+    rank = whole_rank(rank)
     out_features, in_features = matrix_shape(base_layer)
     if not 0 <= rank <= min(out_features, in_features):
         raise RankError(
             f"rank {rank} does not fit a {out_features}x{in_features} matrix; "
             f"give 0 to {min(out_features, in_features)}"
         )
+    return rank
 
 
 def _adapter_dtype(weight: Tensor) -> torch.dtype:
@@ -727,7 +728,7 @@ class MultiLoRALinear(nn.Module):
             RankError: the rank is out of range.
             ValueError: `init` is unknown, or `dropout` outside [0, 1].
         """
-        check_settings(rank, self.base_layer, init, dropout)
+        rank = check_settings(rank, self.base_layer, init, dropout)
         if name in self.lora_A:
             raise AdapterError(f"there is an adapter {name!r} already; delete it first, or choose another name")
         self.routing.add(name)
@@ -813,7 +814,7 @@ class MultiLoRALinear(nn.Module):
             RankError: the rank is out of range.
         """
         self._check_has(name)
-        _check_rank(rank, self.base_layer)
+        rank = _checked_rank(rank, self.base_layer)
         old_A, old_B = self.lora_A[name], self.lora_B[name]
         new_A, new_B = _resized(old_A, old_B, rank, self.init[name])
         self.lora_A[name] = nn.Parameter(new_A, requires_grad=old_A.requires_grad)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import (
 
 from sensilora._files import write_text
 from sensilora.errors import PlanError, RankError
+from sensilora.targets import whole_rank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -189,11 +189,12 @@ class RankPlan(_Record):
             fingerprint: `sensilora.targets.fingerprint` of the model the plan is for.
 
         Raises:
-            RankError: `rank` is below 1 or above min(in, out) of a matrix.
+            RankError: `rank` is no whole number, below 1, or above min(in, out) of a matrix.
             PlanError: `shapes` is empty, or another argument is out of range.
         """
         if not shapes:
             raise PlanError("a plan needs at least one matrix; shapes is empty")
+        rank = whole_rank(rank)
         if rank < 1:
             raise RankError(f"rank must be at least 1, not {rank}")
         if not 0 < scaling < math.inf:
@@ -256,7 +257,7 @@ class RankPlan(_Record):
 
         Raises:
             PlanError: a name is not in the plan.
-            RankError: a rank is negative or above min(in, out).
+            RankError: a rank is no whole number, negative, or above min(in, out).
         """
         unknown = [name for name in ranks if name not in self.matrices]
         if unknown:
@@ -391,9 +392,10 @@ def first_error(error: ValidationError) -> str:
 
 
 def _fitting(name: str, rank: int, shape: tuple[int, int]) -> int:
+    rank = whole_rank(rank)
     if not 0 <= rank <= min(shape):
         raise RankError(f"rank {rank} of {name} is outside 0 to min(out_features, in_features) = {min(shape)}")
-    return operator.index(rank)
+    return rank
 
 
 def _read_object(path: str | os.PathLike[str]) -> dict[str, Any]:

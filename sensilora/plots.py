@@ -12,6 +12,7 @@ import numpy as np
 
 from sensilora._files import write_bytes
 from sensilora.allocation import assign_ranks
+from sensilora.errors import BudgetError, RankError
 from sensilora.plan import RankPlan
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def plot_ranks(plan: RankPlan, path: str | os.PathLike[str] | None = None) -> Fi
 
     Rows are projections, columns are layers (the first number in a module's name; modules without one stand in the
     column "other"), and every cell holds its rank. All panels share one colour scale. A plan whose ranks follow from
-    none of the three scores (edited by hand, uniform) gets a panel of its own.
+    none of the three scores (edited by hand, uniform) gets a panel of its own. That is the only one where the budget,
+    the bounds or the ties do not suit the plan's matrices any more, some of which were taken out by hand.
 
     Args:
         plan: The plan; the three allocations are made again from its metrics and settings.
@@ -161,7 +163,10 @@ def _rank_panels(plan: RankPlan) -> list[tuple[str, dict[str, int]]]:
     panels, own = [], False
     for scores, title in titles.items():
         theta = np.array([getattr(entry, f"score_{scores}") for entry in plan.matrices.values()])
-        ranks = assign_ranks(shapes, theta, plan.allocation, plan.budget.kind, plan.budget.value)
+        try:
+            ranks = assign_ranks(shapes, theta, plan.allocation, plan.budget.kind, plan.budget.value)
+        except (BudgetError, RankError):
+            return [("this plan (edited: its settings do not suit the matrices it has left)", plan.ranks)]
         if scores == plan.allocation.scores and ranks == plan.ranks:
             title, own = f"{title} — this plan", True
         panels.append((title, ranks))

@@ -7,16 +7,18 @@ weight is stored transposed. Shapes are always given as (out_features, in_featur
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from sensilora.errors import TargetError
+from sensilora.errors import RankError, TargetError
 
 #: Last name components of task heads, which are trained in full and never adapted by "all-linear" (as in PEFT).
-HEAD_NAMES = frozenset({"classifier", "score", "lm_head", "qa_outputs", "out_proj_head", "cls"})
+#: "pre_classifier" is the new layer below DistilBERT's classifier.
+HEAD_NAMES = frozenset({"classifier", "pre_classifier", "score", "lm_head", "qa_outputs", "out_proj_head", "cls"})
 
 Targets = str | Iterable[str]
 
@@ -49,6 +51,24 @@ def head_names(model: nn.Module) -> set[str]:
         if module is output_embeddings or not HEAD_NAMES.isdisjoint(parts):
             heads.add(name)
     return heads
+
+
+def outermost_heads(model: nn.Module) -> list[str]:
+    """Names of the outermost modules of the task head, in module order."""
+    heads = head_names(model)
+    return [name for name, _ in model.named_modules() if name in heads and name.rpartition(".")[0] not in heads]
+
+
+def stacked_experts(model: nn.Module) -> list[str]:
+    """Names of the parameters (experts, ., .) that hold one matrix for each expert of a mixture (Mixtral, Qwen-MoE).
+
+    No module stands for one of these matrices, so they are neither measured nor adapted.
+    """
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "experts" in name.split(".")[:-1]
+    ]
 
 
 def find_targets(model: nn.Module, targets: Targets = "all-linear") -> dict[str, nn.Module]:
@@ -131,6 +151,18 @@ def fingerprint(model: nn.Module) -> str:
             continue
         digest.update(f"{plain}:{tuple(parameter.shape)}\n".encode())
     return digest.hexdigest()
+
+
+def whole_rank(rank: object) -> int:
+    """A rank as an int, from an int or an integer of numpy's.
+
+    Raises:
+        RankError: it is anything else, such as 2.5 or "8".
+    """
+    try:
+        return operator.index(rank)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise RankError(f"a rank must be a whole number, not {rank!r}") from error
 
 
 def first_non_finite_parameter(model: nn.Module) -> str | None:

@@ -545,6 +545,13 @@ def test_bad_arguments_are_named(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("budget", [{"average_rank": 8}, {"total_rank": 32}, {"total_parameters": 4096}])
+def test_whole_numbers_may_be_numpys(budget):
+    options = {**budget, "min_rank": 2, "max_rank": 20, "multiple": 2, "classes": 2}
+    numpys = {name: np.int64(value) for name, value in options.items()}
+    assert allocate(four_matrices(), **numpys) == allocate(four_matrices(), **options)
+
+
 def test_a_matrix_too_small_for_min_rank_is_named():
     report = make_report({"wide": (1, 1, 1), "head": (1, 1, 1)}, {"wide": (64, 64), "head": (2, 64)})
     with pytest.raises(RankError, match="min_rank 4 in multiples of 1 does not fit head, which allows ranks up to 2"):

@@ -207,6 +207,7 @@ def test_names_that_cannot_be(name):
     [
         (lambda layer: layer.add_adapter("a0", 2), AdapterError, "there is an adapter 'a0' already"),
         (lambda layer: layer.add_adapter("x", 9), RankError, "rank 9 does not fit a 6x8 matrix"),
+        (lambda layer: layer.add_adapter("x", 2.0), RankError, "a rank must be a whole number, not 2.0"),
         (lambda layer: layer.add_adapter("x", 2, init="zero"), ValueError, "init 'zero' is unknown"),
         (lambda layer: layer.add_adapter("x", 2, dropout=2.0), ValueError, "dropout must be in"),
         (lambda layer: layer.delete_adapter("x"), AdapterError, "this layer has no adapter 'x', only a0, a1, a2"),

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -219,6 +220,19 @@ def test_rank_out_of_range(rank):
     with pytest.raises(RankError):
         layer.resize_rank(rank)
     assert layer.rank == 2
+
+
+@pytest.mark.parametrize("rank", [2.5, 2.0, "2", None])
+def test_a_rank_is_a_whole_number(rank):
+    with pytest.raises(RankError, match=rf"^a rank must be a whole number, not {rank!r}$"):
+        VarRankLoRALinear(nn.Linear(8, 6), rank)
+    layer = VarRankLoRALinear(nn.Linear(8, 6), np.int64(2))
+    assert type(layer.rank) is int
+    with pytest.raises(RankError, match="a rank must be a whole number"):
+        layer.resize_rank(rank)
+    layer.resize_rank(np.int32(3))
+    assert type(layer.rank) is int
+    assert layer.rank == layer.lora_A.shape[0] == 3
 
 
 @pytest.mark.parametrize(

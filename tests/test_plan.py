@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -166,12 +167,21 @@ def test_uniform_plan(tmp_path):
     [
         ({}, 4, PlanError, "at least one matrix"),
         ({"a": (8, 8)}, 0, RankError, "rank must be at least 1, not 0"),
+        ({"a": (8, 8)}, "4", RankError, "a rank must be a whole number, not '4'"),
         ({"a": (8, 8), "b": (3, 8)}, 4, RankError, r"rank 4 of b is outside 0 to min\(.*\) = 3"),
     ],
 )
 def test_bad_uniform_plan(shapes, rank, error, message):
     with pytest.raises(error, match=message):
         RankPlan.uniform(shapes, rank)
+
+
+def test_ranks_may_be_numpys(plan, tmp_path):
+    shapes = {"a": (8, 16), "b": (32, 8)}
+    assert RankPlan.uniform(shapes, np.int64(4)) == RankPlan.uniform(shapes, 4)
+    changed = plan.with_ranks({NAME: np.int16(2)})
+    assert changed == plan.with_ranks({NAME: 2})
+    assert RankPlan.load(changed.save(tmp_path / "plan.json")) == changed
 
 
 def test_bad_scaling_of_a_uniform_plan():
@@ -191,6 +201,8 @@ def test_with_ranks_refuses_what_does_not_fit(plan):
         plan.with_ranks({"encoder": 2})
     with pytest.raises(RankError, match=f"rank 33 of {NAME} is outside"):
         plan.with_ranks({NAME: 33})
+    with pytest.raises(RankError, match=r"a rank must be a whole number, not 2\.5"):
+        plan.with_ranks({NAME: 2.5})
     with pytest.raises(RankError, match=f"rank -1 of {NAME} is outside"):
         plan.with_ranks({NAME: -1})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -96,6 +97,25 @@ def test_ranks_set_by_hand_get_a_panel():
     shown = panels(plot_ranks(plan))
     assert list(shown)[-1] == "this plan (ranks set by hand)"
     assert cells(shown["this plan (ranks set by hand)"])["pooler.dense", "other"] == 31
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        # Nothing is left to tie, and more ranks than the matrices that are left can take.
+        ({"average_rank": 4, "tie": "qkv"}, ("query", "dense")),
+        ({"total_rank": 740}, ("query",)),
+    ],
+)
+def test_a_plan_with_matrices_taken_out_by_hand(tmp_path, options, kept):
+    file = allocate(encoder_report(), **options).save(tmp_path / "plan.json")
+    data = json.loads(file.read_text())
+    data["matrices"] = {name: entry for name, entry in data["matrices"].items() if name.endswith(kept)}
+    file.write_text(json.dumps(data))
+    plan = RankPlan.load(file, allow_edited=True)
+    ((title, axes),) = panels(plan.plot(tmp_path / "ranks.png")).items()
+    assert title == "this plan (edited: its settings do not suit the matrices it has left)"
+    assert cells(axes)["query", "3"] == plan.ranks["encoder.layer.3.attention.self.query"]
 
 
 def test_a_plan_without_calibration_can_be_drawn(tmp_path):

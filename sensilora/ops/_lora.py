@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,13 +70,21 @@ def check_operands(
 def seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
     """The seed of one mask as the ops take it: int64 (1,) on `device`, drawn if it is None.
 
+    An int counts modulo 2**64, as the key has two words of 32 bits.
+
     Raises:
-        ValueError: a tensor of another dtype, size or device.
+        ValueError: a tensor of another dtype, size or device, or neither a tensor nor a whole number.
     """
     if seed is None:
         return draw_seeds(1, device)
-    if isinstance(seed, int):
-        return torch.tensor([seed], dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor):
+        try:
+            number = operator.index(seed)
+        except TypeError as error:
+            raise ValueError(f"seed must be a whole number or an int64 tensor, not {seed!r}") from error
+        if not -(2**63) <= number < 2**63:
+            number = (number + 2**63) % 2**64 - 2**63
+        return torch.tensor([number], dtype=torch.int64, device=device)
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
         raise ValueError(
             f"seed must be an int, or an int64 tensor of one element on x's device {device}, not "

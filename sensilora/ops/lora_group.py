@@ -57,9 +57,10 @@ def lora_group(
         `lora_As` and `lora_Bs`.
 
     Raises:
-        ValueError: there is no member, lengths, shapes or dtypes do not fit, or a probability is outside [0, 1].
+        ValueError: there is no member, lengths, shapes, dtypes or devices do not fit, or a probability is outside
+            [0, 1].
         BackendError: a backend was asked for that cannot serve.
-        RuntimeError: when differentiated twice.
+        RuntimeError: when differentiated twice, or in forward mode.
     """
     members = len(weights)
     ps = [float(dropout_ps)] * members if isinstance(dropout_ps, (int, float)) else [float(p) for p in dropout_ps]
@@ -77,6 +78,9 @@ def lora_group(
         ps, seeds = [0.0] * members, None
     elif seeds is None:
         seeds = draw_seeds(members, x.device)
+    elif not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.device != x.device:
+        found = f"{seeds.dtype} on {seeds.device}" if isinstance(seeds, Tensor) else repr(seeds)
+        raise ValueError(f"seeds must be an int64 tensor on x's device {x.device}, not {found}")
     elif seeds.shape not in ((members,), (1,)):
         raise ValueError(f"seeds must have shape {(members,)} or (1,), not {tuple(seeds.shape)}")
     elif seeds.shape[0] < members and len(set(ps)) > 1:
@@ -214,7 +218,8 @@ def _lora_group_backward(
 @_lora_group_backward.register_fake
 def _(grads, x, h, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, need_grad_x):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_grad_x else x.new_empty(0)
-    return grad_x, [torch.empty_like(lora_A) for lora_A in lora_As], [torch.empty_like(lora_B) for lora_B in lora_Bs]
+    # Contiguous for adapters of any strides, as every backend makes them.
+    return grad_x, *([a.new_empty(a.shape) for a in adapters] for adapters in (lora_As, lora_Bs))
 
 
 def _setup_context(ctx, inputs, output) -> None:

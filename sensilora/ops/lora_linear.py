@@ -45,14 +45,14 @@ def lora_linear(
         lora_B: (out_features, rank), any floating dtype; cast to x's.
         scaling: s, the effective scale (alpha / rank in PEFT's terms).
         dropout_p: probability of dropping an input element of the adapter, rounded to a multiple of 2⁻¹⁶.
-        seed: the mask's key: an int, or an int64 tensor of one element. None draws one from torch's default
-            generator of x's device, so that ``torch.manual_seed`` and checkpoint replay repeat it.
+        seed: the mask's key: an int, taken modulo 2⁶⁴, or an int64 tensor of one element. None draws one from torch's
+            default generator of x's device, so that ``torch.manual_seed`` and checkpoint replay repeat it.
 
     Returns:
         (..., out_features) in x's dtype. Differentiable once in `x`, `weight`, `bias`, `lora_A`, `lora_B`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or `dropout_p` is outside [0, 1].
+        ValueError: shapes, dtypes or devices do not fit, `dropout_p` is outside [0, 1], or `seed` is no whole number.
         BackendError: a backend was asked for that cannot serve.
         RuntimeError: when differentiated twice, or in forward mode.
     """
@@ -183,7 +183,8 @@ def _lora_linear_backward(
 @_lora_linear_backward.register_fake
 def _(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_grad_x else x.new_empty(0)
-    return grad_x, torch.empty_like(lora_A), torch.empty_like(lora_B)
+    # Contiguous for adapters of any strides, as every backend makes them.
+    return grad_x, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -21,6 +21,7 @@ from sensilora.ops._lora import (
     seed_tensor,
     unfolded,
 )
+from sensilora.targets import whole_rank
 
 
 def lora_segments(
@@ -66,13 +67,14 @@ def lora_segments(
         without rows get zero gradients.
 
     Raises:
-        ValueError: shapes, dtypes, devices or lengths do not fit, a rank is negative, or a probability is outside
-            [0, 1].
+        ValueError: shapes, dtypes, devices or lengths do not fit, a rank is negative or not whole, a probability is
+            outside [0, 1], or `seed` is no whole number.
         BackendError: a backend was asked for that cannot serve.
         RuntimeError: when differentiated twice, or in forward mode.
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
-    ranks, scalings = list(ranks), [float(scaling) for scaling in scalings]
+    ranks = [whole_rank(rank) for rank in ranks]
+    scalings = [float(scaling) for scaling in scalings]
     ps = [float(dropout_ps)] * len(ranks) if isinstance(dropout_ps, (int, float)) else [float(p) for p in dropout_ps]
     _check(x, weight, bias, lora_A, lora_B, ranks, scalings, ps, offsets, adapters)
     if not any(p > 0 and rank > 0 for p, rank in zip(ps, ranks, strict=True)):

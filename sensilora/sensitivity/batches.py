@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,14 +105,23 @@ class Batch:
         }
         self.labels = self._labels()
         self.inputs = {key: value for key, value in self.entries.items() if key not in ("labels", "label")}
-        self.streams = [stream for stream in (self._input_stream(),) if stream is not None]
+        stream = self._input_stream()
+        self.streams = [] if stream is None else [stream]
+        # Images and sound have no token axis: then the decoder's stream is the only one.
+        self._encoder_streams = list(self.streams)
         self.size = self.streams[0].shape[0] if self.streams else self._first_size()
         if is_encoder_decoder(model):
             self._read_decoder()
+        for shape in [stream.shape for stream in self.streams] or [(self.size,)]:
+            if 0 in shape:
+                raise CalibrationError(
+                    f"a calibration batch holds no {'sequence' if self.size == 0 else 'token'}: its shape is "
+                    f"{tuple(shape)}; leave empty batches out"
+                )
         if "use_cache" in inspect.signature(model.forward).parameters:
             # A cache of keys and values serves generation only and would hold memory for every layer.
             self.inputs.setdefault("use_cache", False)
-        self._rows: dict[tuple[torch.Size, bool], Rows | None] = {}
+        self._rows: dict[tuple[torch.Size, str], Rows | None] = {}
 
     def rows(self, name: str, lead: torch.Size) -> Rows | None:
         """How rows of shape `lead` (a module input's shape without its last size) belong to the sequences.
@@ -123,10 +132,11 @@ class Batch:
         Returns:
             None if they cannot be told apart: neither N rows first, nor one row for each of the N·T positions.
         """
-        decoder_first = len(self.streams) > 1 and _reads_decoder(name)
-        key = (lead, decoder_first)
+        stack = _stack_read(name)
+        key = (lead, stack)
         if key not in self._rows:
-            self._rows[key] = self._divide(lead, self.streams[::-1] if decoder_first else self.streams)
+            streams = {"decoder": self.streams[::-1], "encoder": self._encoder_streams}.get(stack, self.streams)
+            self._rows[key] = self._divide(lead, streams)
         return self._rows[key]
 
     @property
@@ -224,8 +234,12 @@ def _stream(key: str, shape: torch.Size, mask: Tensor | None) -> Stream:
     return Stream(tuple(shape), mask)
 
 
-def _reads_decoder(name: str) -> bool:
-    """Whether the module's input is the decoder's. Keys and values of cross-attention are made from the encoder's."""
+def _stack_read(name: str) -> Literal["encoder", "decoder", ""]:
+    """Whose states the module reads, by its name; "" if that does not tell.
+
+    Keys and values of cross-attention are made from the encoder's.
+    """
     if "decoder" not in name:
-        return False
-    return not (_CROSS_ATTENTION.search(name) and _KEY_OR_VALUE.fullmatch(name.rpartition(".")[2]))
+        return "encoder" if "encoder" in name else ""
+    cross = _CROSS_ATTENTION.search(name) and _KEY_OR_VALUE.fullmatch(name.rpartition(".")[2])
+    return "encoder" if cross else "decoder"

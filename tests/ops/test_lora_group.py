@@ -258,6 +258,16 @@ def test_no_gradient_of_x(on_backend, device):
     assert_close({"A1": lora_As[1].grad}, {"A1": group.oracle()["A1"]}, 4 * RELATIVE[torch.float32])
 
 
+def test_negative_seeds(on_backend, device):
+    group = Group((5,), 33, [(17, 4), (9, 3)], torch.float32, device)
+    seeds = torch.tensor([-3, -(2**63)], device=device)
+    with on_backend(OP, torch.float32):
+        got = group.results(dropout_ps=0.3, seeds=seeds)
+    expected = group.oracle(0.3, [-3 % 2**64, 2**63])
+    for name, value in got.items():
+        assert relative_error(value, expected[name]) <= 4 * RELATIVE[torch.float32], name
+
+
 def test_seeds_are_drawn_from_torchs_generator():
     group = Group((32,), 32, [(8, 4), (8, 4)])
     group.lora_As[1], group.lora_Bs[1], group.weights[1] = group.lora_As[0], group.lora_Bs[0], group.weights[0]
@@ -389,6 +399,14 @@ X, W, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4,
         ({"biases": [None, torch.ones(3)]}, "bias must have shape"),
         ({"dropout_ps": [0.1, 1.5]}, r"dropout_p must be in \[0, 1\], not 1.5"),
         ({"dropout_ps": 0.1, "seeds": torch.arange(3)}, r"seeds must have shape \(2,\) or \(1,\), not \(3,\)"),
+        (
+            {"dropout_ps": 0.1, "seeds": 2**63},
+            "seeds must be an int64 tensor .*, not 9223",
+        ),
+        (
+            {"dropout_ps": 0.1, "seeds": torch.ones(2)},
+            "seeds must be an int64 tensor .*float32",
+        ),
         ({"dropout_ps": [0.1, 0.2], "seeds": torch.tensor([1])}, "must share a dropout probability"),
         ({name: [] for name in ("weights", "biases", "lora_As", "lora_Bs", "scalings")}, "at least one member"),
     ],

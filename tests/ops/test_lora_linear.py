@@ -1,5 +1,6 @@
 """lora_linear: every backend against fp64 autograd of the plain formula, dropout, and the op's registration."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -215,6 +216,24 @@ def test_dropout_expectation_and_variance(on_backend, device):
     for dim in (0, 1):
         means = dropped.mean(dim)
         assert float((means - p).abs().max()) < 6 * (p * (1 - p) / dropped.shape[dim]) ** 0.5
+
+
+@pytest.mark.parametrize("seed", [2**63 + 5, 2**64 - 1, 2**64 + 2**40, -(2**63) - 1, -3, np.int64(2**40)])
+def test_any_whole_number_is_a_seed(on_backend, device, seed):
+    tensors, upstream = make((5, 33, 17, 4), torch.float32, device), torch.randn(5, 17)
+    # The key has 64 bits.
+    expected = oracle(tensors, upstream, 0.7, 0.3, seed=int(seed) % 2**64)
+    with on_backend(OP, torch.float32):
+        got = results(lambda *t: lora_linear(*t, 0.7, dropout_p=0.3, seed=seed), tensors, upstream)
+    for name, value, reference in zip(NAMES, got, expected, strict=True):
+        assert relative_error(value, reference) <= 4 * RELATIVE[torch.float32], name
+
+
+@pytest.mark.parametrize("seed", [2.5, "7", torch.tensor(1.0), torch.tensor([1, 2])])
+def test_a_bad_seed_is_named(seed):
+    tensors = make((5, 8, 6, 4), torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"^seed must be .*, not [^\n]*$"):
+        lora_linear(*tensors, 0.7, dropout_p=0.3, seed=seed)
 
 
 def test_dropout_masks_differ_by_seed_and_repeat_by_manual_seed():

@@ -1,5 +1,6 @@
 """lora_segments: every backend against an fp64 loop over the segments, isolation of adapters, and registration."""
 
+import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -141,6 +142,21 @@ def test_the_seed_may_be_a_number_or_a_tensor(on_backend, device):
             for seed in (9, torch.tensor(9, device=device), torch.tensor([9], device=device), 10)
         )
     assert [torch.equal(first, other) for other in others] == [True, True, False]
+
+
+@pytest.mark.parametrize("seed", [2**63 + 5, -(2**63) - 1, -3])
+def test_any_whole_number_is_a_seed(on_backend, device, seed):
+    ranks, segments = np.array([3, 5]), on(device, [0, 10, 30], [1, 0])
+    tensors = make(30, 40, 24, [3, 5], torch.float32, device)
+    upstream = torch.randn(30, 24)
+    # The key has 64 bits.
+    expected = oracle(tensors, upstream, [3, 5], [1.0, 2.0], [0, 10, 30], [1, 0], [0.5] * 2, seed % 2**64)
+    with on_backend(OP, torch.float32):
+        got = results(
+            lambda *t: lora_segments(*t, ranks, [1.0, 2.0], *segments, dropout_ps=0.5, seed=seed), tensors, upstream
+        )
+    for name, value, reference in zip(NAMES, got, expected, strict=True):
+        assert relative_error(value, reference) <= 4 * RELATIVE[torch.float32], name
 
 
 def test_leading_dimensions_fold_into_rows(on_backend, device):
@@ -469,6 +485,8 @@ R, S, O, I = [1, 2], [1.0, 1.0], torch.tensor([0, 2]), torch.tensor([0])
         ((X, W, None, A, B.T, R, S, O, I), {}, "shapes do not fit"),
         ((X, W, None, A, B, [1, 1], S, O, I), {}, "shapes do not fit"),
         ((X, W, None, A, B, [4, -1], S, O, I), {}, "ranks must not be negative"),
+        ((X, W, None, A, B, [1, 2.0], S, O, I), {}, "a rank must be a whole number, not 2.0"),
+        ((X, W, None, A, B, R, S, O, I), {"dropout_ps": 0.1, "seed": 2.5}, "seed must be a whole number"),
         ((X, W, torch.ones(3), A, B, R, S, O, I), {}, "bias must have shape"),
         ((X.double(), W, None, A, B, R, S, O, I), {}, "must have x's dtype"),
         ((X, W, None, A, B, R, [1.0], O, I), {}, "one entry an adapter"),

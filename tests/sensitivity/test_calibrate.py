@@ -258,6 +258,14 @@ def test_data_of_the_wrong_kind(batches, message):
         calibrate(Net(), batches, progress=False)
 
 
+@every_estimator
+@pytest.mark.parametrize(("shape", "what"), [((0, 5), "sequence"), ((3, 0), "token")])
+def test_an_empty_batch(arguments, shape, what):
+    empty = {"input_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.zeros(shape[0], dtype=torch.int64)}
+    with pytest.raises(CalibrationError, match=rf"holds no {what}: its shape is \({shape[0]}, {shape[1]}\); leave"):
+        calibrate(Net(), [batch_of(), empty], **arguments, progress=False)
+
+
 def test_fisher_without_labels_says_how_to_make_them():
     batch = {key: value for key, value in batch_of().items() if key != "labels"}
     with pytest.raises(CalibrationError, match=r"no labels, only input_ids, attention_mask.*batch\['input_ids'\]"):
