@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.harness import Case, Cases
 from benchmarks.lora import (
+    PEFT_DTYPES,
     SCALING,
     SEED,
     addmm,
@@ -44,6 +45,10 @@ def cases(device: str) -> Cases:
         for name, members in GROUPS.items()
         for p in (0.0, 0.05)
     }
+
+
+def _each_of(layers, x, *_):
+    return [layer(x) for layer in layers]
 
 
 def _case(device: str, tokens: int, in_features: int, members: list[tuple[int, int]], p: float) -> Case:
@@ -95,10 +100,12 @@ def _case(device: str, tokens: int, in_features: int, members: list[tuple[int, i
         "addmm": lambda: step(each(partial(addmm, p=p)), half, upstreams),
         "lora_linear one by one": lambda: step(each(single, options=one_seed_each), inputs, upstreams),
     }
-    layers = peft_layers(weights, lora_As, lora_Bs, p)
-    if layers is not None:
-        adapters = [layer.get_parameter(f"lora_{part}.default.weight") for part in "AB" for layer in layers]
-        peers["PEFT"] = lambda: step(lambda x, *_: [layer(x) for layer in layers], (x, *adapters), upstreams)
+    for name, dtype in PEFT_DTYPES.items():
+        layers = peft_layers(weights, lora_As, lora_Bs, p, dtype)
+        if layers:
+            adapters = [layer.get_parameter(f"lora_{part}.default.weight") for part in "AB" for layer in layers]
+            forward = partial(_each_of, layers)
+            peers[name] = partial(step, forward, (x, *adapters), upstreams)
     return Case(
         ours=ours,
         baseline=lambda: step(lambda x: [frozen(x, weight=weight) for weight in weights], (x,), upstreams),

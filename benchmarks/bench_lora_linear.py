@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.harness import Case, Cases, Unavailable, captured
 from benchmarks.lora import (
+    PEFT_DTYPES,
     SCALING,
     SEED,
     addmm,
@@ -73,11 +74,10 @@ def _gpu_case(
         "eager": lambda: step(forward, half, upstream),
         "addmm": lambda: step(partial(addmm, weight=weight, p=p), half, upstream),
     }
-    layers = peft_layers([weight], [lora_A], [lora_B], p)
-    if layers is not None:
-        layer = layers[0]
-        adapter = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-        peers["PEFT"] = lambda: step(lambda x, *_: layer(x), (x, *adapter), upstream)
+    for name, dtype in PEFT_DTYPES.items():
+        for layer in peft_layers([weight], [lora_A], [lora_B], p, dtype):
+            adapter = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+            peers[name] = partial(step, lambda x, *_, layer=layer: layer(x), (x, *adapter), upstream)
     if compiled:
         torch._dynamo.reset()
         inductor = torch.compile(forward, dynamic=False, fullgraph=True)

@@ -72,12 +72,16 @@ def formula(x: Tensor, lora_A: Tensor, lora_B: Tensor, *, weight: Tensor, kept: 
     return linear(x, weight) + SCALING * linear(linear(x * kept, lora_A), lora_B)
 
 
+#: PEFT as a peer: adapters in fp32, its default over a 16-bit base, and as with ``autocast_adapter_dtype=False``.
+PEFT_DTYPES = {"PEFT": torch.float32, "PEFT, bf16 adapters": torch.bfloat16}
+
+
 def peft_layers(
-    weights: Sequence[Tensor], lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], p: float
-) -> list[nn.Module] | None:
-    """PEFT's own LoRA layers over these weights, adapters in fp32 as PEFT trains them; None without PEFT."""
+    weights: Sequence[Tensor], lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], p: float, dtype: torch.dtype
+) -> list[nn.Module]:
+    """PEFT's own LoRA layers over these weights, adapters in `dtype`; none without PEFT."""
     if importlib.util.find_spec("peft") is None:
-        return None
+        return []
     from peft import LoraConfig, inject_adapter_in_model
 
     found = []
@@ -88,6 +92,6 @@ def peft_layers(
         config = LoraConfig(r=rank, lora_alpha=SCALING * rank, lora_dropout=p, target_modules=["0"])
         layer = inject_adapter_in_model(config, nn.Sequential(base))[0]
         for part, value in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
-            part["default"].weight = nn.Parameter(value.detach().clone())
+            part["default"].weight = nn.Parameter(value.detach().to(dtype, copy=True))
         found.append(layer.train())
     return found

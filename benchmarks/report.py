@@ -82,6 +82,7 @@ _STYLES = {
     "eager": ("#E69F00", "s"),
     "addmm": ("#009E73", "^"),
     "PEFT": ("#D55E00", "D"),
+    "PEFT, bf16 adapters": ("#F0E442", "P"),
     "torch.compile": ("#CC79A7", "X"),
     "lora_linear one by one": ("#56B4E9", "v"),
 }
@@ -170,7 +171,7 @@ def plot_rank(rows: list[Row]) -> tuple[Figure, str]:
     ranks = [int(re.search(r"/r(\d+)/", row["id"])[1]) for row in rows]  # type: ignore[index]
     figure = _figure(8.5, 3.8)
     axes = figure.subplots()
-    for name in ("ours", "eager", "addmm", "PEFT"):
+    for name in ("ours", "eager", "addmm", "PEFT", "PEFT, bf16 adapters"):
         points = [(rank, ratio) for rank, row in zip(ranks, rows, strict=True) if (ratio := _ratios(row, name))]
         if points:
             _mark(axes, name, *zip(*points, strict=True), zorder=4 if name == "ours" else 3)
