@@ -20,7 +20,8 @@ PAGE = Path(__file__).with_name("api.md")
 SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("Measuring", "", [("sensilora.calibrate", sensilora.calibrate),
                        ("sensilora.SensitivityReport", sensilora.SensitivityReport),
-                       ("sensilora.sensitivity.MatrixSensitivity", sensilora.sensitivity.MatrixSensitivity),
+                       *((f"sensilora.sensitivity.{name}", getattr(sensilora.sensitivity, name))
+                         for name in ("MatrixSensitivity", "ReportComparison", "Agreement", "Mover")),
                        ("sensilora.targets.find_targets", sensilora.targets.find_targets)]),
     ("Allotting ranks", "", [("sensilora.allocate", sensilora.allocate), ("sensilora.RankPlan", sensilora.RankPlan)]),
     ("Adapters", "", [(f"sensilora.{name}", getattr(sensilora, name))

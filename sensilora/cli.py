@@ -27,6 +27,7 @@ from sensilora.errors import AdapterError, BackendError, DataError, OutputExists
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import RenderableType
     from rich.table import Table
 
     from sensilora.data import Row
@@ -296,6 +297,7 @@ def demo(
         "sensilora plan ./llama corpus.txt --average-rank 8 --output plan.json --plot ranks.png",
         "sensilora plan bert-base-uncased train.jsonl --estimator fisher --head-warmup-steps 100 --total-rank 288",
         "sensilora plan ./llama data.jsonl --config plan.yaml --tie qkv --tie gate_proj,up_proj",
+        "sensilora plan ./llama corpus.txt --average-rank 8 --estimator fisher --compare activation-report.json",
     )
 )
 def plan(
@@ -304,6 +306,14 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Plan file to write.")] = Path("plan.json"),
     report: Annotated[Path | None, typer.Option("--report", help="Write the sensitivity report there too.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the ranks there too (.png, .svg, .pdf).")] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="OTHER_REPORT",
+            help="Print how far the sensitivities agree with those of this report, which an earlier --report wrote.",
+        ),
+    ] = None,
     average_rank: Annotated[float | None, typer.Option("--average-rank", help="Budget: ranks a matrix.")] = None,
     total_rank: Annotated[int | None, typer.Option("--total-rank", help="Budget: sum of all ranks.")] = None,
     total_parameters: Annotated[
@@ -366,6 +376,11 @@ def plan(
     _check_outputs([path for path in (output, report, plot) if path is not None], force)
     if plot is not None:
         _check_picture(plot)
+
+    from sensilora.sensitivity.report import SensitivityReport
+
+    # Read now, since --report may name the same file.
+    earlier = None if compare is None else SensitivityReport.load(compare)
     rows = _rows(data, task, text_field, label_field, samples, seed)
 
     from sensilora.allocation import allocate
@@ -390,8 +405,11 @@ def plan(
         "tie": [group.split(",") if "," in group else group for group in tie] or None,
         "scaling": scaling,
     }
-    # A budget that cannot be met should be told before the calibration, not after it.
-    allocate(_rehearsal(loaded, wanted), **options)
+    # A budget that cannot be met or another model's report should be told before the calibration, not after it.
+    rehearsal = _rehearsal(loaded, wanted)
+    allocate(rehearsal, **options)
+    if earlier is not None:
+        rehearsal.compare(earlier)
     measured = calibrate(
         loaded,
         _batches(loaded, tokenizer, rows, names, max_length, batch_size),
@@ -410,6 +428,8 @@ def plan(
     if plot is not None:
         made.plot(plot)
     _print(_plan_table(made))
+    if earlier is not None:
+        _print(measured.compare(earlier, weights=made.allocation.weights))
     used = f"{made.budget.used:,} of {made.budget.total:,} used"
     print(f"{made.budget.kind} {made.budget.value:,}: {used}, {made.parameters:,} trainable parameters")
     print("wrote " + ", ".join(str(path) for path in (output, report, plot) if path is not None))
@@ -814,7 +834,7 @@ def _rehearsal(model: Any, targets: str | list[str]) -> SensitivityReport:
     """A report of the model's shapes with equal sensitivities."""
     from sensilora.sensitivity.capture import group_tied
     from sensilora.sensitivity.report import MatrixSensitivity, SensitivityReport
-    from sensilora.targets import find_targets
+    from sensilora.targets import find_targets, fingerprint, model_id
 
     return SensitivityReport(
         estimator="activation",
@@ -826,8 +846,8 @@ def _rehearsal(model: Any, targets: str | list[str]) -> SensitivityReport:
         sequences=1,
         k=0.5,
         alpha=0.85,
-        model_id="",
-        fingerprint="",
+        model_id=model_id(model),
+        fingerprint=fingerprint(model),
         versions={},
         matrices={
             name: MatrixSensitivity(shape=matrix.shape, trace=1.0, topk_mean=1.0, effective_rank=1, tokens=1, calls=1)
@@ -877,7 +897,7 @@ def _metrics_table(title: str, entries: Sequence[Mapping[str, float]]) -> Table:
     return table
 
 
-def _print(table: Table) -> None:
+def _print(table: RenderableType) -> None:
     from rich.console import Console
 
     console = Console()

@@ -30,7 +30,7 @@ class RankError(SensiloraError, ValueError):
 
 
 class ReportError(SensiloraError, ValueError):
-    """A sensitivity report is truncated, edited into an invalid state, or of another version."""
+    """A sensitivity report is truncated, invalid, of another version, or cannot be compared with another report."""
 
 
 class PlanError(SensiloraError, ValueError):

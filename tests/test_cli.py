@@ -230,6 +230,27 @@ def test_labels_by_name_keep_the_order_of_the_models_classes(files, work, capsys
     assert json.loads((work / "adapter" / "training.json").read_text())["labels"] == ["good", "bad"]
 
 
+def test_plan_is_compared_with_an_earlier_report(files, classifier, work, capsys):
+    planned = ("plan", files / "bert", files / "train.jsonl", "--average-rank", 4, "--samples", 64, "--force")
+    out = succeed(capsys, *planned, "--compare", classifier["report"])
+    assert "matrices in both reports: 13" in out
+    assert re.findall(r"(trace|fused score) +│ +([\d.]+) │ +([\d.]+)", out) == [
+        ("trace", "1.000", "1.000"),
+        ("fused score", "1.000", "1.000"),
+    ]
+    assert content(work) == {"plan.json"}
+    # The earlier report is read before the new one takes its place.
+    Path("report.json").write_bytes(classifier["report"].read_bytes())
+    fisher = ("--estimator", "fisher", "--head-warmup-steps", 3, "--targets", "query,key,value", "--weights", "equal")
+    out = succeed(capsys, *planned, *fisher, "--report", "report.json", "--compare", "report.json")
+    assert "matrices in both reports: 6, only in this one (here): 0, only in the other (there): 7" in out
+    comparison = SensitivityReport.load("report.json").compare(
+        SensitivityReport.load(classifier["report"]), weights="equal"
+    )
+    for line in str(comparison).splitlines():
+        assert line in out
+
+
 def test_plot_and_edited_plan(classifier, work, capsys):
     succeed(capsys, "plot", classifier["plan"])
     assert Path("ranks.png").read_bytes().startswith(b"\x89PNG")
@@ -393,6 +414,9 @@ def one_sentence(capsys):
         (("plan", "{bert}", "{train}", "--average-rank", 4, "--task", "causal"), "is a bidirectional encoder"),
         (("plan", "{llama}", "{corpus}", "--average-rank", 4, "--head-warmup-steps", 5), "head_warmup_steps=5"),
         (("plan", "{bert}", "{train}", "--average-rank", 4, "--plot", "ranks.bmp"), "ranks.bmp must end in .png"),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "--compare", "none.json"), "none.json: No such file"),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "--compare", "{plan}"), "sensitivity report"),
+        (("plan", "{llama}", "{corpus}", "--average-rank", 4, "--compare", "{report}"), "are of different models"),
         (
             ("plan", "{bert}", "{corpus}", "--average-rank", 4, "--task", "classification", "--estimator", "fisher"),
             "label",

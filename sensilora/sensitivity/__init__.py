@@ -1,6 +1,6 @@
 """Measuring how sensitive a model's loss is to each of its weight matrices."""
 
 from sensilora.sensitivity.calibrate import calibrate
-from sensilora.sensitivity.report import MatrixSensitivity, SensitivityReport
+from sensilora.sensitivity.report import Agreement, MatrixSensitivity, Mover, ReportComparison, SensitivityReport
 
-__all__ = ["MatrixSensitivity", "SensitivityReport", "calibrate"]
+__all__ = ["Agreement", "MatrixSensitivity", "Mover", "ReportComparison", "SensitivityReport", "calibrate"]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from sensilora._files import write_bytes
+from sensilora.allocation import fuse_scores
 from sensilora.errors import ReportError
+from sensilora.plan import Weights
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -21,11 +27,15 @@ _CONFIG = ConfigDict(extra="forbid", strict=True)
 EstimatorName = Literal["activation", "fisher", "hutchinson"]
 Mode = Literal["per_sequence", "per_position"]
 LabelSource = Literal["data", "model"]
+ScoreName = Literal["trace", "topk_mean", "effective_rank", "fused"]
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Coefficient = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+
+_SHOWN_MOVERS = 10
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -137,6 +147,54 @@ class SensitivityReport:
         except ValidationError as error:
             raise ReportError(f"sensitivity report {os.fspath(path)} {_complaint(error)}") from error
 
+    def compare(self, other: SensitivityReport, *, weights: Weights = "cv") -> ReportComparison:
+        """How far two reports of one model agree on the order of its weight matrices, those that both hold.
+
+        What was measured with may differ (estimator, labels, data, seed), and so may the values of the weights.
+
+        Args:
+            other: the report to compare with.
+            weights: of the fused score, "cv" or "equal", as for `sensilora.allocate`. That score is made of the
+                matrices in both reports alone, so that it compares like with like.
+
+        Returns:
+            A `ReportComparison`; ``print`` shows it as tables.
+
+        Raises:
+            ReportError: the reports are of different models (fingerprints), have another `k` or `alpha`, or no matrix
+                in common; or `weights` is neither "cv" nor "equal".
+        """
+        if weights not in get_args(Weights):
+            raise ReportError(f"weights must be {' or '.join(map(repr, get_args(Weights)))}, not {weights!r}")
+        if self.fingerprint != other.fingerprint:
+            raise ReportError(
+                f"the sensitivity reports are of different models ({self.model_id} and {other.model_id}: names or "
+                "shapes of their weights differ); compare reports of one model"
+            )
+        for setting in ("k", "alpha"):
+            mine, theirs = getattr(self, setting), getattr(other, setting)
+            if mine != theirs:
+                raise ReportError(
+                    f"the sensitivity reports were measured with {setting}={mine} and {setting}={theirs}; measure "
+                    f"both with one {setting}"
+                )
+        common = [name for name in self if name in other.matrices]
+        if not common:
+            raise ReportError(
+                f"the sensitivity reports have no matrix in common (one holds {next(iter(self))}, the other "
+                f"{next(iter(other))}, for example); measure both with the same targets"
+            )
+        here, there = _scores(self, common, weights), _scores(other, common, weights)
+        places = zip(common, _places(here["fused"]), _places(there["fused"]), strict=True)
+        movers = [Mover(matrix=name, place=a, other_place=b) for name, a, b in places if a != b]
+        return ReportComparison(
+            matrices=tuple(common),
+            only_here=tuple(name for name in self if name not in other.matrices),
+            only_there=tuple(name for name in other if name not in self.matrices),
+            agreement={score: _agreement(here[score], there[score]) for score in here},
+            movers=tuple(sorted(movers, key=lambda mover: -mover.moved)),
+        )
+
     def summary(self) -> str:
         """The report as a text table, one matrix a line."""
         source = ", ".join(part for part in (self.mode, self.labels and f"labels from the {self.labels}") if part)
@@ -164,6 +222,126 @@ class SensitivityReport:
 
 
 _adapter = TypeAdapter(SensitivityReport)
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Agreement:
+    """How alike two reports order their matrices by one score.
+
+    Both are None where they are undefined: for a single matrix, and where a report gives every matrix the same score.
+
+    Attributes:
+        kendall: Kendall's tau-b (Kendall 1945), from -1 (the reverse order) to 1 (the same order).
+        spearman: Spearman's rho, the correlation of the matrices' places, from -1 to 1; ties share their mean place.
+    """
+
+    kendall: Coefficient | None
+    spearman: Coefficient | None
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Mover:
+    """A matrix whose place by the fused score differs between two reports.
+
+    Attributes:
+        matrix: its module name.
+        place: in the report that was asked; 1 is the highest score, and ties share their mean place.
+        other_place: in the report that it was compared with.
+    """
+
+    matrix: str
+    place: float
+    other_place: float
+
+    @property
+    def moved(self) -> float:
+        """How many places lie between the two."""
+        return abs(self.place - self.other_place)
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class ReportComparison:
+    """What `SensitivityReport.compare` found; ``print`` shows it as tables, with the first ten movers.
+
+    Attributes:
+        matrices: names of the matrices in both reports, which are those compared, in module order.
+        only_here: names in the report that was asked alone.
+        only_there: names in the other report alone.
+        agreement: an `Agreement` for each of "trace", "topk_mean", "effective_rank" and "fused", the score that ranks
+            are allotted by.
+        movers: a `Mover` for each matrix whose place by the fused score differs, those that moved most first.
+    """
+
+    matrices: tuple[str, ...]
+    only_here: tuple[str, ...]
+    only_there: tuple[str, ...]
+    agreement: dict[ScoreName, Agreement]
+    movers: tuple[Mover, ...]
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        common = (
+            f"matrices in both reports: {len(self.matrices)}, only in this one (here): {len(self.only_here)}, "
+            f"only in the other (there): {len(self.only_there)}"
+        )
+        agreement = Table()
+        agreement.add_column("order by", no_wrap=True)
+        agreement.add_column("Kendall's tau", justify="right")
+        agreement.add_column("Spearman's rho", justify="right")
+        titles = {"topk_mean": "top-k mean", "effective_rank": "effective rank", "fused": "fused score"}
+        for score, found in self.agreement.items():
+            coefficients = (found.kendall, found.spearman)
+            cells = ("undefined" if value is None else f"{value:.3f}" for value in coefficients)
+            agreement.add_row(titles.get(score, score), *cells)
+        if not self.movers:
+            return Group(common, agreement, "no matrix has another place by the fused score")
+        movers = Table()
+        movers.add_column("matrix", no_wrap=True)
+        for column in ("place here", "place there", "moved"):
+            movers.add_column(column, justify="right")
+        for mover in self.movers[:_SHOWN_MOVERS]:
+            # Text, since rich would take brackets in a plain string for its markup.
+            numbers = (mover.place, mover.other_place, mover.moved)
+            movers.add_row(Text(mover.matrix), *(f"{number:.1f}".removesuffix(".0") for number in numbers))
+        largest = "the matrices that move most by the fused score (place 1 is the most sensitive):"
+        more = len(self.movers) - _SHOWN_MOVERS
+        return Group(common, agreement, largest, movers, *([f"and {more} more"] if more > 0 else []))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=160, force_terminal=False).print(self)
+        return text.getvalue().rstrip("\n")
+
+
+def _scores(report: SensitivityReport, names: Sequence[str], weights: Weights) -> dict[ScoreName, list[float]]:
+    matrices = [report[name] for name in names]
+    trace = [matrix.trace for matrix in matrices]
+    topk_mean = [matrix.topk_mean for matrix in matrices]
+    effective_rank = [float(matrix.effective_rank) for matrix in matrices]
+    fused = fuse_scores(trace, topk_mean, effective_rank, weights=weights).fused.tolist()
+    return {"trace": trace, "topk_mean": topk_mean, "effective_rank": effective_rank, "fused": fused}
+
+
+def _places(scores: Sequence[float]) -> list[float]:
+    from scipy.stats import rankdata
+
+    return rankdata([-score for score in scores]).tolist()
+
+
+def _agreement(here: Sequence[float], there: Sequence[float]) -> Agreement:
+    # scipy.stats takes most of a second to import, which a program that compares nothing should not pay.
+    from scipy.stats import kendalltau, spearmanr
+
+    if len(set(here)) == 1 or len(set(there)) == 1:
+        return Agreement(kendall=None, spearman=None)
+    return Agreement(
+        kendall=float(kendalltau(here, there).statistic), spearman=float(spearmanr(here, there).statistic)
+    )
 
 
 def _complaint(error: ValidationError) -> str:

@@ -1,12 +1,15 @@
-"""The report file: exact round trips, and a clear error for every way of damaging it."""
+"""The report: exact round trips, a clear error for every way of damaging its file, and comparison with another."""
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sensilora.allocation import fuse_scores
 from sensilora.errors import ReportError, SensiloraError
 from sensilora.sensitivity import MatrixSensitivity, SensitivityReport
 from tests.reports import encoder_report, make_report
@@ -128,3 +131,163 @@ def test_numbers_that_are_not_measurements_are_refused_in_python_too():
     for trace in (math.nan, math.inf, -1.0):
         with pytest.raises(ValueError, match="trace"):
             MatrixSensitivity(shape=(2, 2), trace=trace, topk_mean=0.0, effective_rank=0, tokens=1, calls=1)
+
+
+# Comparison of two reports
+
+SCORES = ("trace", "topk_mean", "effective_rank", "fused")
+# Few values, so that ties are common.
+few = st.integers(0, 5)
+triples = st.lists(st.tuples(few, few, few), min_size=1, max_size=12)
+
+
+def numbered(metrics, **fields):
+    return make_report({f"layer.{i}": metric for i, metric in enumerate(metrics)}, **fields)
+
+
+def scores_of(report):
+    """The four scores of every matrix, by score."""
+    columns = {name: [getattr(report[matrix], name) for matrix in report] for name in SCORES[:3]}
+    return {**columns, "fused": fuse_scores(**columns).fused.tolist()}
+
+
+@given(st.lists(st.tuples(metric, metric, st.integers(0, 64 * 64)), min_size=1, max_size=8) | triples)
+@settings(deadline=None, max_examples=50)
+def test_a_report_agrees_with_itself(metrics):
+    report = numbered(metrics)
+    comparison = report.compare(replace(report, seed=1))
+    for score, values in scores_of(report).items():
+        found = comparison.agreement[score]
+        if len(set(values)) == 1:
+            assert (found.kendall, found.spearman) == (None, None)
+        else:
+            assert (found.kendall, found.spearman) == pytest.approx((1, 1))
+    assert comparison.movers == ()
+    assert "no matrix has another place" in str(comparison)
+
+
+@given(st.lists(st.integers(0, 20), min_size=2, max_size=12).filter(lambda values: len(set(values)) > 1))
+@settings(deadline=None, max_examples=50)
+def test_reversed_orders_disagree(values):
+    # Ties stay ties, so that every pair that has an order has the other one.
+    one, two = ([(v, 2 * v, v) for v in column] for column in (values, [20 - v for v in values]))
+    comparison = numbered(one).compare(numbered(two))
+    for found in comparison.agreement.values():
+        assert (found.kendall, found.spearman) == pytest.approx((-1, -1))
+
+
+@given(st.lists(st.tuples(few, few, few, few, few, few), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=50)
+def test_comparison_is_symmetric(metrics):
+    one, two = numbered([row[:3] for row in metrics]), numbered([row[3:] for row in metrics])
+    there, back = one.compare(two), two.compare(one)
+    for score in SCORES:
+        forward, backward = there.agreement[score], back.agreement[score]
+        assert (forward.kendall is None) == (backward.kendall is None) == (forward.spearman is None)
+        if forward.kendall is not None:
+            assert (forward.kendall, forward.spearman) == pytest.approx((backward.kendall, backward.spearman))
+    assert [(m.matrix, m.place, m.other_place) for m in there.movers] == [
+        (m.matrix, m.other_place, m.place) for m in back.movers
+    ]
+
+
+def pairs_of_order(values):
+    """The sign of every pair's difference."""
+    return np.sign(np.subtract.outer(values, values))[np.triu_indices(len(values), 1)]
+
+
+@given(st.lists(st.tuples(few, few), min_size=2, max_size=10))
+@settings(deadline=None, max_examples=50)
+def test_coefficients_are_those_of_their_definitions(values):
+    one, two = (numbered([(trace, 1, 1) for trace in column]) for column in zip(*values, strict=True))
+    found = one.compare(two).agreement["trace"]
+    x, y = (np.array(column, dtype=float) for column in zip(*values, strict=True))
+    a, b = pairs_of_order(x), pairs_of_order(y)
+    if not a.any() or not b.any():
+        assert found.kendall is None
+        return
+    assert found.kendall == pytest.approx((a @ b) / math.sqrt((a @ a) * (b @ b)))
+    # The mean place of ties: one more than those below, and half of the others that are equal.
+    x, y = ([np.sum(v < value) + (np.sum(v == value) + 1) / 2 for value in v] for v in (x, y))
+    assert found.spearman == pytest.approx(np.corrcoef(x, y)[0, 1])
+
+
+def test_movers_are_told_by_their_places_the_largest_first():
+    here = make_report({"a": (4, 4, 4), "b": (3, 3, 3), "c": (2, 2, 2), "d": (2, 2, 2), "gone": (9, 9, 9)})
+    there = make_report({"new": (1, 1, 1), "d": (9, 9, 9), "c": (1, 1, 1), "b": (3, 3, 3), "a": (4, 4, 4)})
+    comparison = here.compare(there)
+    assert comparison.matrices == ("a", "b", "c", "d")
+    assert (comparison.only_here, comparison.only_there) == (("gone",), ("new",))
+    moved = [(mover.matrix, mover.place, mover.other_place, mover.moved) for mover in comparison.movers]
+    assert moved == [("d", 3.5, 1, 2.5), ("a", 1, 2, 1), ("b", 2, 3, 1), ("c", 3.5, 4, 0.5)]
+    lines = str(comparison).splitlines()
+    assert lines[0] == "matrices in both reports: 4, only in this one (here): 1, only in the other (there): 1"
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    taus = [f"{comparison.agreement[score].kendall:.3f}" for score in SCORES]
+    assert [row[:2] for row in rows[:4]] == [
+        [name, tau] for name, tau in zip(("trace", "top-k mean", "effective rank", "fused score"), taus, strict=True)
+    ]
+    assert rows[4:] == [
+        ["d", "3.5", "1", "2.5"],
+        ["a", "1", "2", "1"],
+        ["b", "2", "3", "1"],
+        ["c", "3.5", "4", "0.5"],
+    ]
+
+
+def test_matrices_that_one_report_lacks_change_nothing():
+    metrics = {f"layer.{i}": (1 + i * 7 % 5, 2 + i * 3 % 7, 1 + i * 2 % 3) for i in range(6)}
+    report = make_report(metrics)
+    more = make_report({"other": (1e9, 1, 4000), **metrics})
+    for comparison in (report.compare(more), more.compare(report)):
+        assert comparison.agreement["fused"].kendall == pytest.approx(1)
+        assert comparison.movers == ()
+
+
+def test_the_table_shows_ten_movers_and_counts_the_others():
+    metrics = [(value, 1, 1) for value in range(1, 15)]
+    text = str(numbered(metrics).compare(numbered(metrics[::-1])))
+    assert text.count("layer.") == 10
+    assert text.splitlines()[-1] == "and 4 more"
+
+
+def test_names_are_not_taken_for_markup():
+    one, two = ({"a[bold]": trace, "b": (2, 2, 2)} for trace in ((1, 1, 1), (3, 3, 3)))
+    assert "a[bold]" in str(make_report(one).compare(make_report(two)))
+
+
+def test_a_single_common_matrix_has_no_order():
+    comparison = make_report({"a": (1, 1, 1), "b": (2, 2, 2)}).compare(make_report({"a": (3, 3, 3)}))
+    assert all(found.kendall is found.spearman is None for found in comparison.agreement.values())
+    assert str(comparison).count("undefined") == 8
+    assert "nan" not in str(comparison)
+
+
+def test_the_fused_score_is_weighted_as_asked():
+    # The first two stand one way by the trace and the other way by the top-k mean, which varies more as a whole.
+    one = numbered([(12, 10, 1), (10, 11, 1), (11, 40, 1)])
+    two = numbered([(1, 1, 1), (2, 2, 2), (3, 3, 3)])
+    assert one.compare(two).agreement["fused"].kendall == pytest.approx(1)
+    assert one.compare(two, weights="equal").agreement["fused"].kendall == pytest.approx(1 / 3)
+
+
+def test_what_does_not_compare_is_told_in_one_sentence():
+    report = make_report({"a": (1, 1, 1), "b": (2, 2, 2)})
+    for other, message in (
+        (replace(report, fingerprint="cd" * 32, model_id="bigger"), "different models (tiny-model and bigger:"),
+        (replace(report, k=0.25), "with k=0.5 and k=0.25; measure both with one k"),
+        (replace(report, alpha=0.9), "with alpha=0.85 and alpha=0.9; measure both with one alpha"),
+        (make_report({"c": (1, 1, 1)}), "no matrix in common (one holds a, the other c,"),
+    ):
+        with pytest.raises(ReportError) as caught:
+            report.compare(other)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ReportError, match="weights must be 'cv' or 'equal', not 'none'"):
+        report.compare(report, weights="none")
+
+
+def test_estimators_and_seeds_may_differ():
+    metrics = {"a": (1, 1, 1), "b": (2, 2, 2)}
+    other = make_report(metrics, estimator="activation", mode=None, labels=None, seed=5, sequences=9, tokens=7)
+    assert make_report(metrics).compare(other).agreement["trace"].kendall == pytest.approx(1)
