@@ -200,7 +200,7 @@ class Dtype(str, Enum):
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub name.")]
 DataArgument = Annotated[
-    Path, typer.Argument(metavar="DATA", help="JSONL (one object a line) or text (one row a line) file, also .gz.")
+    Path, typer.Argument(metavar="DATA", help="JSONL, CSV, TSV or text (one row a line) file, also .gz.")
 ]
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Rank plan, from `sensilora plan`.")]
 AdapterArgument = Annotated[
@@ -223,11 +223,11 @@ TaskOption = Annotated[
 TextFieldOption = Annotated[
     list[str],
     typer.Option(
-        "--text-field", metavar="FIELD", help="JSONL field that holds the text [text]; twice for a sentence pair."
+        "--text-field", metavar="FIELD", help="Field that holds the text [text]; twice for a sentence pair."
     ),
 ]
 LabelFieldOption = Annotated[
-    str | None, typer.Option("--label-field", metavar="FIELD", help="JSONL field that holds the class [label].")
+    str | None, typer.Option("--label-field", metavar="FIELD", help="Field that holds the class [label].")
 ]
 MaxLengthOption = Annotated[int, typer.Option("--max-length", min=2, help="Longest sequence, in tokens.")]
 SeedOption = Annotated[
@@ -479,13 +479,14 @@ def train(
     from sensilora import _files
     from sensilora.adapters import inject, save_adapter
     from sensilora.plan import RankPlan
+    from sensilora.targets import outermost_heads
 
     ranks = RankPlan.load(plan, allow_edited=allow_edited)
     rows = _rows(data, task, text_field, label_field)
     held_out = None if eval_data is None else _rows(eval_data, task, text_field, label_field)
     names = _classes(model, task, rows, must_be_labelled=True)
     loaded, tokenizer = _load(model, names, device, dtype, seed)
-    inject(loaded, ranks, dropout=dropout, modules_to_save=_top_heads(loaded) if names else [])
+    inject(loaded, ranks, dropout=dropout, modules_to_save=outermost_heads(loaded) if names else [])
 
     from sensilora.integrations import transformers as hf
 
@@ -820,14 +821,6 @@ def _evaluated(model: Any, batches: Any, names: Sequence[int | str] | None) -> d
     from sensilora.integrations import transformers as hf
 
     return hf.evaluate_causal_lm(model, batches) if names is None else hf.evaluate_classifier(model, batches)
-
-
-def _top_heads(model: Any) -> list[str]:
-    """Names of the outermost modules of the task head, which is trained in full."""
-    from sensilora.targets import head_names
-
-    heads = head_names(model)
-    return [name for name, _ in model.named_modules() if name in heads and name.rpartition(".")[0] not in heads]
 
 
 def _rehearsal(model: Any, targets: str | list[str]) -> SensitivityReport:

@@ -1,14 +1,16 @@
-"""Reading rows of text, with or without labels, from JSONL and plain text files."""
+"""Reading rows of text, with or without labels, from JSONL, CSV, TSV and plain text files."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from sensilora.errors import DataError
 
 DEFAULT_TEXT_FIELD = "text"
 DEFAULT_LABEL_FIELD = "label"
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -39,42 +42,47 @@ def read_rows(
     with_labels: bool = True,
     limit: int | None = None,
 ) -> list[Row]:
-    """Read a JSONL file (``.jsonl``, ``.json``; one object a line) or else plain text (one row a line), also ``.gz``.
+    """Read JSONL (``.jsonl``, ``.json``; one object a line), CSV or TSV (``.csv``, ``.tsv``), or else plain text.
 
-    Blank lines are skipped.
+    Blank lines are skipped, and each file may have ``.gz`` behind its name. Plain text has one row a line. The first
+    line of a CSV or TSV file names the columns, which are its fields; a cell that holds the delimiter or a quote
+    stands in double quotes. Its labels are whole numbers where all of them can be read so, else strings.
 
     Args:
         path: the file.
-        text_fields: JSONL only: the fields that hold the text; by default "text".
-        label_field: JSONL only: the field that holds the class, which every row must have. None takes "label"
-            where a row has it.
+        text_fields: the fields that hold the text; by default "text". Plain text has none.
+        label_field: the field that holds the class, which every row must have. None takes "label" where a row has it.
         with_labels: False reads no labels.
         limit: read no more rows than this.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: the file is empty, no UTF-8, damaged, not JSONL, or a row lacks a field; the message names the file
-            and line.
+        DataError: the file is empty, no UTF-8, damaged, not what its ending says, or a row lacks a field; the message
+            names the file and line.
     """
     path = Path(path)
     if path.is_dir():
-        raise DataError(f"{path} is a folder; name a JSONL or text file in it")
+        raise DataError(f"{path} is a folder; name a JSONL, CSV, TSV or text file in it")
     if not path.exists():
         raise FileNotFoundError(f"data file {path} does not exist")
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind in {".jsonl", ".json"}:
+    if kind in {".jsonl", ".json", *_DELIMITERS}:
+        if kind in _DELIMITERS:
+            records = _records(path, _DELIMITERS[kind], label_field or DEFAULT_LABEL_FIELD)
+        else:
+            records = _objects(path)
         fields = tuple(text_fields) or (DEFAULT_TEXT_FIELD,)
-        rows: Iterator[Row] = (
-            _row(value, where, fields, label_field, with_labels) for value, where in _objects(path)
-        )
+        rows: Iterator[Row] = (_row(value, where, fields, label_field, with_labels) for value, where in records)
     elif text_fields or label_field:
-        raise DataError(f"{path} is read as plain text, which has no fields; name a file that ends in .jsonl")
+        raise DataError(
+            f"{path} is read as plain text, which has no fields; name a file that ends in .jsonl, .csv or .tsv"
+        )
     else:
         rows = (Row((line,)) for line, _ in _lines(path))
     found = list(itertools.islice(rows, limit))
     if not found:
         raise DataError(f"{path} is empty; it must hold at least one row")
-    return found
+    return _with_whole_labels(found) if kind in _DELIMITERS else found
 
 
 def label_names(rows: Iterable[Row]) -> list[int | str]:
@@ -96,13 +104,18 @@ def label_names(rows: Iterable[Row]) -> list[int | str]:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines that are not blank, without their line end, each with "file, line n"."""
+    for number, line in enumerate(_decoded(path), 1):
+        text = line.rstrip("\r\n")
+        if text.strip():
+            yield text, f"{path}, line {number}"
+
+
+def _decoded(path: Path) -> Iterator[str]:
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    yield text, f"{path}, line {number}"
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}, line {number}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
@@ -122,6 +135,46 @@ def _objects(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not isinstance(value, dict):
             raise DataError(f"{where}: {type(value).__name__} in the place of a JSON object; write one object a line")
         yield value, where
+
+
+def _records(path: Path, delimiter: str, label_field: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of a CSV or TSV file by column. An empty label cell is none, as null is in JSONL."""
+    # Strict, since a stray quote would otherwise swallow the lines up to the next one.
+    reader = csv.reader(_decoded(path), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    try:
+        for cells in reader:
+            where = f"{path}, line {reader.line_num}"
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not names:
+                names = [cell.strip() for cell in cells]
+                twice = [name for name in names if names.count(name) > 1]
+                if twice:
+                    raise DataError(f"{where}: two columns are called {twice[0]!r}; rename one")
+                continue
+            if len(cells) != len(names):
+                raise DataError(
+                    f"{where}: the row has {len(cells)} cells and the first line names {len(names)} columns; put "
+                    "cells that hold the delimiter in double quotes"
+                )
+            record: dict[str, Any] = dict(zip(names, cells, strict=True))
+            if not record.get(label_field, "").strip():
+                record |= dict.fromkeys({label_field} & record.keys())
+            yield record, where
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num}: not {path.name.removesuffix('.gz')[-3:].upper()} ({error}); put cells "
+            "that hold the delimiter or a quote in double quotes, and double the quotes in them"
+        ) from error
+
+
+def _with_whole_labels(rows: list[Row]) -> list[Row]:
+    """A file of text cells does not say which of its labels are numbers: they are if each is written as one."""
+    labels = {row.label for row in rows if isinstance(row.label, str)}
+    if not all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) for label in labels):
+        return rows
+    return [row if row.label is None else replace(row, label=int(row.label)) for row in rows]
 
 
 def _row(

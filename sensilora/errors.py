@@ -26,7 +26,7 @@ class BudgetError(SensiloraError, ValueError):
 
 
 class RankError(SensiloraError, ValueError):
-    """A rank is negative or above min(in_features, out_features)."""
+    """A rank is no whole number, negative, or above min(in_features, out_features)."""
 
 
 class ReportError(SensiloraError, ValueError):
@@ -46,7 +46,7 @@ class ModelError(SensiloraError, OSError):
 
 
 class DataError(SensiloraError, ValueError):
-    """A data file cannot be read as JSONL or text, or lacks a field."""
+    """A data file cannot be read as JSONL, CSV, TSV or text, or lacks a field."""
 
 
 class OutputExistsError(SensiloraError, FileExistsError):

@@ -18,6 +18,62 @@ def test_jsonl(tmp_path, name):
     assert read_rows(path) == [Row(("one",), 3), Row(("zwei ü",), "b")]
 
 
+@pytest.mark.parametrize(("name", "delimiter"), [("data.csv", ","), ("data.csv.gz", ","), ("data.tsv", "\t")])
+def test_columns(tmp_path, name, delimiter):
+    lines = ["\ufefflabel|text|more", '3|"a ""quoted, \tcell""', 'of two lines"|', "||", "", "-12|ü |x"]
+    path = write(tmp_path / name, "\r\n".join(lines).replace("|", delimiter))
+    quoted = 'a "quoted, \tcell"\r\nof two lines'
+    assert read_rows(path) == [Row((quoted,), 3), Row(("ü ",), -12)]
+    assert read_rows(path, text_fields=["text", "more"], with_labels=False, limit=1) == [Row((quoted, ""))]
+    assert read_rows(path, text_fields=["more", "text"], label_field="label")[1] == Row(("x", "ü "), -12)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["1", "0"], [1, 0]),
+        (["1", ""], [1, None]),
+        (["1", "one"], ["1", "one"]),
+        (["01", "2"], ["01", "2"]),
+        (["1.0", "2"], ["1.0", "2"]),
+    ],
+)
+def test_labels_of_columns_are_whole_numbers_where_all_are(tmp_path, labels, expected):
+    path = write(tmp_path / "data.csv", "text,label\n" + "".join(f"a,{label}\n" for label in labels))
+    assert [row.label for row in read_rows(path)] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "data.csv is empty"),
+        ("text,label\n", "data.csv is empty"),
+        ("body,label\nx,1\n", r"line 2: no field 'text'; it has body, label"),
+        ("text,text\nx,1\n", r"line 1: two columns are called 'text'"),
+        ("text,label\n\nx, y,1\n", r"line 3: the row has 3 cells and the first line names 2 columns"),
+        ("text,label\nx\n", r"line 2: the row has 1 cells"),
+        ('text,label\n"x" y,1\n', r"line 2: not CSV \(',' expected after '\"'\)"),
+        ('text,label\n"x,1\ny,2\n', r"line 3: not CSV \(unexpected end of data\)"),
+        ("text,label\n  ,1\n", r"line 2: field 'text' is blank"),
+        ("text,label\n" + "x" * 140_000 + ",1\n", r"line 2: not CSV \(field larger than field limit"),
+        (b"text,label\n\xff,1\n", r"line 2: not UTF-8"),
+    ],
+)
+def test_bad_columns(tmp_path, content, message):
+    with pytest.raises(DataError, match=message) as caught:
+        read_rows(write(tmp_path / "data.csv", content))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_row_needs_a_cell_of_a_label_field_that_is_named(tmp_path):
+    path = write(tmp_path / "data.tsv", "text\tclass\na\t1\nb\t\n")
+    assert [row.label for row in read_rows(path)] == [None, None]
+    with pytest.raises(DataError, match=r"line 3: the label None is NoneType; a class is a whole number or a string"):
+        read_rows(path, label_field="class")
+    with pytest.raises(DataError, match=r"line 2: no field 'kind'; it has text, class"):
+        read_rows(path, label_field="kind")
+
+
 @pytest.mark.parametrize("name", ["data.txt", "data.text.gz", "data"])
 def test_plain_text_keeps_inner_space_and_skips_blank_lines(tmp_path, name):
     path = write(tmp_path / name, "\ufeffone  line\n\n   \n two\r\n")
