@@ -26,8 +26,9 @@ from sensilora.allocation import TIE_PRESETS
 from sensilora.errors import AdapterError, PlanError
 from sensilora.nn import LoRAAdapter, MultiLoRALinear, SharedInput, VarRankLoRALinear
 from sensilora.plan import RankPlan
+from sensilora.sensitivity.batches import is_encoder_decoder
 from sensilora.sensitivity.head import untrained_head
-from sensilora.targets import fingerprint, is_conv1d, is_matrix, matrix_shape, model_id
+from sensilora.targets import fingerprint, is_conv1d, is_matrix, matrix_shape, model_id, outermost_heads
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -95,10 +96,11 @@ def inject(
             raise AdapterError(
                 f"the plan adapts {name}, which modules_to_save trains in full; leave it out of one of the two"
             )
-    head = untrained_head(model)
-    if head is not None and head not in saved:
+    heads = outermost_heads(model) if untrained_head(model) is not None else []
+    if not set(heads) <= set(saved):
+        left = " and ".join(repr(head) for head in heads if head not in saved)
         warnings.warn(
-            f"the head {head!r} looks new and is frozen now; pass modules_to_save=[{head!r}] to train it",
+            f"the head {left} looks new and is frozen now; pass modules_to_save={heads} to train it",
             UserWarning,
             stacklevel=2,
         )
@@ -337,7 +339,11 @@ def as_alpha(value: float) -> int | float:
 def task_type(model: nn.Module) -> str | None:
     """PEFT's task type by the model's class name, or None."""
     name = type(model).__name__
-    return next((task for suffix, task in _TASK_TYPES.items() if name.endswith(suffix)), None)
+    found = next((task for suffix, task in _TASK_TYPES.items() if name.endswith(suffix)), None)
+    # Under this type PEFT passes input_ids to the model, which Whisper does not take; and a vision-language model of
+    # such a name is no encoder-decoder.
+    text_to_text = is_encoder_decoder(model) and getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return None if found == "SEQ_2_SEQ_LM" and not text_to_text else found
 
 
 def _model_card(model: nn.Module, layers: Layers) -> str:

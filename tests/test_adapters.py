@@ -16,6 +16,7 @@ from sensilora.errors import AdapterError, OutputExistsError, PlanError
 from sensilora.nn import VarRankLoRALinear
 from sensilora.plan import RankPlan
 from sensilora.targets import find_targets, fingerprint, matrix_shape
+from tests import tiny_models
 from tests.tolerances import relative_error
 
 transformers = pytest.importorskip("transformers")
@@ -217,6 +218,20 @@ def test_a_new_head_that_stays_frozen_is_told():
         inject(bert(), plan_for(bert()), modules_to_save=["classifier"])
 
 
+def test_a_new_head_of_two_layers_is_told_as_a_whole():
+    model = tiny_models.family_model("RobertaForSequenceClassification")
+    plan = RankPlan.uniform({"roberta.encoder.layer.0.output.dense": (16, 24)}, 1)
+    with pytest.warns(UserWarning, match=r"pass modules_to_save=\['classifier'\]"):
+        inject(copy.deepcopy(model), plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inject(model, plan, modules_to_save=["classifier"])
+    model = tiny_models.family_model("DistilBertForSequenceClassification")
+    plan = RankPlan.uniform({"distilbert.transformer.layer.0.ffn.lin1": (24, 16)}, 1)
+    with pytest.warns(UserWarning, match=r"'pre_classifier' looks new .*\['pre_classifier', 'classifier'\]"):
+        inject(model, plan, modules_to_save=["classifier"])
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_peft_adapters_that_changed_the_base_are_refused(tmp_path, init):
     peft = pytest.importorskip("peft")
@@ -385,45 +400,26 @@ def test_patterns_follow_pefts_rule(patterns, expected):
     assert adapters._pattern_value(patterns, "a.q", 8) == expected
 
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-}
-FEWER_KEYS = {**SIZES, "num_key_value_heads": 1}
-TWO_STACKS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
-# Model class, fields of its config, and the sizes of the groups in one forward pass.
-FAMILIES = {
-    "LlamaForCausalLM": (FEWER_KEYS, [3, 2] * 2),
-    "Qwen2ForCausalLM": (FEWER_KEYS, [3, 2] * 2),
-    "Qwen3ForCausalLM": ({**FEWER_KEYS, "head_dim": 8}, [3, 2] * 2),
-    "MistralForCausalLM": (FEWER_KEYS, [3, 2] * 2),
-    "GemmaForCausalLM": ({**FEWER_KEYS, "head_dim": 8}, [3, 2] * 2),
-    "PhiForCausalLM": (SIZES, [3] * 2),
-    "BertForSequenceClassification": (SIZES, [3] * 2),
-    "RobertaForSequenceClassification": (SIZES, [3] * 2),
-    "DistilBertForSequenceClassification": (
-        {"vocab_size": 50, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 32},
-        [3] * 2,
-    ),
-    "OPTForCausalLM": ({**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16}, [3] * 2),
-    "ViTForImageClassification": ({**SIZES, "image_size": 8, "patch_size": 4}, [3] * 2),
-    "GPT2LMHeadModel": ({"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}, []),
+# Model class, and the sizes of the groups in one forward pass.
+GROUPS = {
+    "LlamaForCausalLM": [3, 2] * 2,
+    "Qwen2ForCausalLM": [3, 2] * 2,
+    "Qwen3ForCausalLM": [3, 2] * 2,
+    "MistralForCausalLM": [3, 2] * 2,
+    "MixtralForCausalLM": [3] * 2,
+    "GemmaForCausalLM": [3, 2] * 2,
+    "PhiForCausalLM": [3] * 2,
+    "BertForSequenceClassification": [3] * 2,
+    "RobertaForSequenceClassification": [3] * 2,
+    "DistilBertForSequenceClassification": [3] * 2,
+    "OPTForCausalLM": [3] * 2,
+    "ViTForImageClassification": [3] * 2,
+    "GPT2LMHeadModel": [],
     # The encoder, then the decoder, whose cross-attention reads its query elsewhere.
-    "T5ForConditionalGeneration": (
-        {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
-         "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0},
-        [3, 2] * 2 + [3, 2, 2] * 2,
-    ),
-    "BartForConditionalGeneration": (
-        {"vocab_size": 50, "d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-         "max_position_embeddings": 32, **TWO_STACKS},
-        [3] * 2 + [3, 2] * 2,
-    ),
-}  # fmt: skip
+    "T5ForConditionalGeneration": [3, 2] * 2 + [3, 2, 2] * 2,
+    "BartForConditionalGeneration": [3] * 2 + [3, 2] * 2,
+    "WhisperForConditionalGeneration": [3] * 2 + [3, 2] * 2,
+}
 
 
 class TestGroups:
@@ -440,14 +436,14 @@ class TestGroups:
         return sizes
 
     def build(self, family):
-        torch.manual_seed(1)
-        model_class = getattr(transformers, family)
-        return model_class(model_class.config_class(**FAMILIES[family][0])).train()
+        return tiny_models.family_model(family).train()
 
     def inputs(self, family):
         if family.startswith("ViT"):
             return {"pixel_values": torch.linspace(-1, 1, 384).reshape(2, 3, 8, 8)}
         inputs = {"input_ids": torch.arange(4, 12).reshape(2, 4)}
+        if family.startswith("Whisper"):
+            inputs = {"input_features": torch.linspace(-1, 1, 96).reshape(2, 4, 12)}
         if "Conditional" in family:
             inputs["decoder_input_ids"] = torch.arange(6).reshape(2, 3)
         return inputs
@@ -472,16 +468,16 @@ class TestGroups:
         models[0].load_state_dict(models[1].state_dict())
         return models
 
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", GROUPS)
     def test_every_family_computes_its_groups_by_one_op_with_equal_results(self, family, group_calls):
         together, alone = self.pair(family, dropout=0.2)
         assert list(together.state_dict()) == list(alone.state_dict())
         for _ in range(2):
             group_calls.clear()
             logits, gradients = self.step(together, family)
-            assert group_calls == FAMILIES[family][1]
+            assert group_calls == GROUPS[family]
         expected_logits, expected = self.step(alone, family)
-        assert group_calls == FAMILIES[family][1]
+        assert group_calls == GROUPS[family]
         assert relative_error(logits, expected_logits) < 1e-6
         assert gradients.keys() == expected.keys()
         for name in gradients:

@@ -4,6 +4,7 @@ import json
 import random
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -89,6 +90,63 @@ def gpt2(folder):
     torch.manual_seed(1)
     config = GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3)
     return save(GPT2LMHeadModel(config), folder, bert=False)
+
+
+_SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+_FEWER_KEYS = {**_SIZES, "num_key_value_heads": 1}
+_TWO_STACKS = {
+    "vocab_size": 50,
+    "d_model": 16,
+    **{
+        f"{stack}_{size}": value
+        for stack in ("encoder", "decoder")
+        for size, value in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 24))
+    },
+}
+# Model class and the fields of its config.
+FAMILIES = {
+    "LlamaForCausalLM": _FEWER_KEYS,
+    "Qwen2ForCausalLM": _FEWER_KEYS,
+    "Qwen3ForCausalLM": {**_FEWER_KEYS, "head_dim": 8},
+    "MistralForCausalLM": _FEWER_KEYS,
+    "MixtralForCausalLM": {**_FEWER_KEYS, "num_local_experts": 4},
+    "GemmaForCausalLM": {**_FEWER_KEYS, "head_dim": 8},
+    "PhiForCausalLM": _SIZES,
+    "GPT2LMHeadModel": {
+        "vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 2,
+        "eos_token_id": 3,
+    },
+    "OPTForCausalLM": {**_SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "BertForSequenceClassification": _SIZES,
+    "RobertaForSequenceClassification": _SIZES,
+    "DistilBertForSequenceClassification": {
+        "vocab_size": 50, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 32,
+    },
+    "T5ForConditionalGeneration": {
+        "vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
+        "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0,
+    },
+    "BartForConditionalGeneration": {**_TWO_STACKS, "max_position_embeddings": 32},
+    "ViTForImageClassification": {**_SIZES, "image_size": 8, "patch_size": 4},
+    "WhisperForConditionalGeneration": {
+        **_TWO_STACKS, "num_mel_bins": 4, "max_source_positions": 6, "max_target_positions": 32,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    },
+}  # fmt: skip
+
+
+def family_model(name, **changes):
+    """A model of one of `FAMILIES`, the same each time."""
+    torch.manual_seed(1)
+    model_class = getattr(transformers, name)
+    return model_class(model_class.config_class(**{**FAMILIES[name], **changes}))
 
 
 def sentences(count, seed=0):

@@ -18,7 +18,7 @@ from sensilora.sensitivity.batches import Batch, progress_bar
 from sensilora.sensitivity.capture import raise_non_finite
 from sensilora.sensitivity.fisher import LossFunction, own_loss, require_labels
 from sensilora.sensitivity.losses import likelihood
-from sensilora.targets import head_names
+from sensilora.targets import head_names, outermost_heads
 
 _LEARNING_RATE = 1e-3
 # How far a head's standard deviation may be from config.initializer_range and still look untrained.
@@ -36,7 +36,7 @@ def classification_head(model: nn.Module) -> tuple[str, nn.Linear] | None:
 
 
 def untrained_head(model: nn.Module) -> str | None:
-    """Name of the classification head if its weights look as transformers initialises them, else None."""
+    """Name of the whole classification head if its last weights look as transformers initialises them, else None."""
     head = classification_head(model)
     std = getattr(getattr(model, "config", None), "initializer_range", None)
     if head is None or not std or head[1].weight.numel() < 2:
@@ -44,7 +44,10 @@ def untrained_head(model: nn.Module) -> str | None:
     name, module = head
     if module.bias is not None and bool(module.bias.any()):
         return None
-    return name if abs(float(module.weight.detach().float().std()) / std - 1) < _STD_TOLERANCE else None
+    if abs(float(module.weight.detach().float().std()) / std - 1) >= _STD_TOLERANCE:
+        return None
+    # RoBERTa's head is two layers, both of which are new.
+    return next(head for head in outermost_heads(model) if f"{name}.".startswith(f"{head}."))
 
 
 @contextlib.contextmanager

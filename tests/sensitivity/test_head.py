@@ -29,7 +29,7 @@ def batches():
     ("cls", "config", "head"),
     [
         (transformers.BertForSequenceClassification, transformers.BertConfig, "classifier"),
-        (transformers.RobertaForSequenceClassification, transformers.RobertaConfig, "classifier.out_proj"),
+        (transformers.RobertaForSequenceClassification, transformers.RobertaConfig, "classifier"),
         (transformers.LlamaForSequenceClassification, transformers.LlamaConfig, "score"),
         (transformers.BertForTokenClassification, transformers.BertConfig, "classifier"),
         (transformers.BertForMaskedLM, transformers.BertConfig, None),
@@ -40,7 +40,7 @@ def batches():
 def test_which_module_is_the_head(cls, config, head):
     model = classifier(cls, config)
     found = classification_head(model)
-    assert (found and found[0]) == head
+    assert (found and found[0].partition(".")[0]) == head
     assert untrained_head(model) == head
 
 
