@@ -111,7 +111,7 @@ class Batch:
         self._encoder_streams = list(self.streams)
         self.size = self.streams[0].shape[0] if self.streams else self._first_size()
         if is_encoder_decoder(model):
-            self._read_decoder()
+            self._read_decoder(model)
         for shape in [stream.shape for stream in self.streams] or [(self.size,)]:
             if 0 in shape:
                 raise CalibrationError(
@@ -175,7 +175,7 @@ class Batch:
             return None
         return _stream("attention_mask", shape, mask)
 
-    def _read_decoder(self) -> None:
+    def _read_decoder(self, model: nn.Module) -> None:
         """Add the decoder's stream; keep the labels among the inputs if the decoder's are made from them."""
         sequence_labels = self.labels if self.labels is not None and self.labels.dim() == 2 else None
         mask = self._mask("decoder_attention_mask")
@@ -186,6 +186,11 @@ class Batch:
         elif sequence_labels is not None:
             shape = sequence_labels.shape
             self.inputs["labels"] = sequence_labels
+        elif not self.streams and "decoder_input_ids" in inspect.signature(model.forward).parameters:
+            raise CalibrationError(
+                f"a calibration batch for {type(model).__name__} holds nothing for the decoder, only "
+                f"{', '.join(self.entries)}; add labels (N, T), or decoder_input_ids"
+            )
         else:
             return
         if mask is None and sequence_labels is not None and sequence_labels.shape == shape:

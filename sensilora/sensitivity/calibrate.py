@@ -21,7 +21,7 @@ from sensilora.sensitivity.capture import Matrix, frozen, group_tied, wrapped_fo
 from sensilora.sensitivity.fisher import FisherEstimator, LossFunction
 from sensilora.sensitivity.head import untrained_head, warmed_head
 from sensilora.sensitivity.report import EstimatorName, LabelSource, MatrixSensitivity, Mode, SensitivityReport
-from sensilora.targets import Targets, find_targets, fingerprint, model_id, unwrapped
+from sensilora.targets import Targets, find_targets, fingerprint, model_id, stacked_experts, unwrapped
 
 ESTIMATORS = ("activation", "fisher")
 LABELS = ("data", "model")
@@ -96,12 +96,15 @@ def calibrate(
         NonFiniteError: a NaN or Inf was met; the message names the parameter or module.
 
     Warns:
-        UserWarning: Fisher on a classification head that looks newly initialised, without `head_warmup_steps`.
+        UserWarning: Fisher on a classification head that looks newly initialised, without `head_warmup_steps`; or
+            `targets` is "all-linear" and the model has experts that are no linear modules, and so are left out.
     """
     _check_arguments(estimator, mode, labels, draws, k, alpha, loss_fn, head_warmup_steps)
     model = unwrapped(model)
     modules = find_targets(model, targets)
     matrices = group_tied(modules)
+    if targets == "all-linear":
+        _warn_of_experts(model)
     _check_parameters(model)
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise CalibrationError(
@@ -197,6 +200,17 @@ def _check_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(f"the parameter {name!r} holds NaN or Inf; the checkpoint is damaged or diverged")
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    experts = stacked_experts(model)
+    if experts:
+        warnings.warn(
+            f"{len(experts)} parameters stack the weights of experts ({experts[0]}, ...), which are no linear "
+            "modules: they are not measured and get no adapter",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_untrained_head(model: nn.Module, head_warmup_steps: int) -> None:
