@@ -14,7 +14,7 @@ import sensilora
 from sensilora.errors import BackendError
 from sensilora.ops import _backend
 
-_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "matplotlib")
+_PACKAGES = ("triton", "transformers", "peft", "accelerate", "safetensors", "matplotlib")
 
 
 def examine() -> dict[str, Any]:
@@ -32,6 +32,7 @@ def examine() -> dict[str, Any]:
         "versions": {
             "sensilora": sensilora.__version__,
             "python": platform.python_version(),
+            "torch": torch.__version__,  # with +cpu or +cu128, which the metadata may lack
             **{package: _version(package) for package in _PACKAGES},
         },
         "devices": _devices(),

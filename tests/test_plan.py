@@ -391,6 +391,13 @@ def test_peft_gives_every_module_its_rank_and_scale(make_model, rule):
     assert trainable == plan.parameters
 
 
+def test_without_peft_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "sensilora.integrations.peft", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'sensilora\[peft\]'"):
+        RankPlan.uniform({"a.0.q": (8, 8)}, 4).to_lora_config()
+
+
 def test_the_config_survives_pefts_own_file(tmp_path):
     peft = pytest.importorskip("peft")
     model = bert()

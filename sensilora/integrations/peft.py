@@ -6,7 +6,10 @@ import math
 import re
 from typing import Any, cast
 
-from peft import LoraConfig
+try:
+    from peft import LoraConfig
+except ModuleNotFoundError as error:
+    raise ImportError("a LoraConfig needs peft; install it with: pip install 'sensilora[peft]'") from error
 
 from sensilora.errors import PlanError
 from sensilora.plan import RankPlan
