@@ -748,7 +748,9 @@ def launch_lora_outer(left, skinny, outs, scale, threshold, seed, *, update=None
     strips, rank_tiles = _cdiv(columns, block_c), _cdiv(stack, block_r)
     # Eight tiles a program at least, or summing the partial sums costs more than it saves.
     splits = _splits(strips * rank_tiles, max(1, row_tiles // 8), left.device, per_sm)
-    partial = torch.empty(splits, stack, columns, dtype=torch.float32, device=left.device) if splits > 1 else None
+    # Outs of several dtypes are left to the reduction, which takes them one by one.
+    split = splits > 1 or any(out.dtype != outs[0].dtype for out in outs)
+    partial = torch.empty(splits, stack, columns, dtype=torch.float32, device=left.device) if split else None
     _lora_outer_kernel[(strips, splits, rank_tiles)](
         left, skinny, outs, partial, matrices, grad_x, seed, rows, columns, skinny.stride(0), stack, ranks, strides_r,
         stride_c, matrix_strides_r, matrix_stride_c, scale, threshold, row_tiles,
@@ -898,8 +900,10 @@ def launch_lora_group_backward(
     q = torch.empty(rows, stack_size(ranks), dtype=x.dtype, device=x.device)
     side = None if fused else _side_stream(x)
     pending = []
+    # Copies first: a launch of another kind between would keep the passes from overlapping. Those that the product
+    # reads are held to the end: a pass beside it would else be given their memory for its partial sums.
+    updates = _stackable(lora_As) if fused else ()
     with _on(side):
-        # Copies first: a launch of another kind between would keep the passes from overlapping.
         for i, lora_B_T in [(i, packed(lora_Bs[i].T, x)) for i in adapted]:
             columns = q[:, _columns(ranks, [i])]
             launch_lora_down(
@@ -912,7 +916,7 @@ def launch_lora_group_backward(
     masks = _masks(ranks, thresholds, keep_scales, seeds)
     grad_x = x.new_empty(0)
     if fused:
-        grad_x = launch_lora_product(grads, weights, None, q, lora_As, 1.0, thresholds, keep_scales, seeds)
+        grad_x = launch_lora_product(grads, weights, None, q, updates, 1.0, thresholds, keep_scales, seeds)
     elif need_grad_x:
         # After the passes over dY and before those over x, which then find the last rows of grad_x in L2.
         grad_x = _base_grad_x(grads, weights)

@@ -1,5 +1,7 @@
 """lora_group: every backend against fp64 autograd of the plain formula, masks like lora_linear's, registration."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -358,6 +360,28 @@ def test_autocast(device):
     assert_close(got, group.oracle(), 4 * RELATIVE[torch.bfloat16])
 
 
+@pytest.mark.parametrize("masks", [0, 1, 2])
+def test_adapters_of_several_dtypes(on_backend, device, masks):
+    group = Group((20,), 16, [(12, 5), (8, 20)], device=device)
+    group.lora_As[1], group.lora_Bs[0] = group.lora_As[1].half(), group.lora_Bs[0].half()
+    p, seeds = (0.3, group.seeds(masks)) if masks else (0.0, None)
+    with on_backend(OP, torch.float32):
+        got = group.results(dropout_ps=p, seeds=seeds)
+    assert (got["A0"].dtype, got["A1"].dtype) == (torch.float32, torch.float16)
+    assert (got["B0"].dtype, got["B1"].dtype) == (torch.float16, torch.float32)
+    assert_close(got, group.oracle(p, SEEDS[:masks]), 4 * RELATIVE[torch.float16])
+
+
+def test_fake_gradients_have_the_strides_of_real_ones(on_backend, device):
+    """Inductor asserts it; stacked and converted adapters are often transposed."""
+    group = Group((6,), 8, [(5, 3), (4, 2)], device=device)
+    lora_As, lora_Bs = ([t.T.contiguous().T for t in tensors] for tensors in (group.lora_As, group.lora_Bs))
+    h = torch.zeros(6, 32, device=device)
+    arguments = group.upstreams, group.x, h, group.weights, lora_As, lora_Bs, group.scalings, [0.0] * 2, None, True
+    with on_backend(OP, torch.float32):
+        torch.library.opcheck(_lora_group_backward, arguments, test_utils="test_faketensor")
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 40),
@@ -417,3 +441,30 @@ def test_bad_arguments(changes, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         lora_group(X, **{**arguments, **changes})
+
+
+def test_what_the_product_reads_outlives_the_passes_beside_it(monkeypatch):
+    """They start before it ends: memory that it reads must not be free for their partial sums."""
+    kernels = pytest.importorskip("sensilora.kernels.lora_linear")
+    read = []
+
+    def product(lefts, matrices, bias, skinny, updates, *masks):
+        read.extend(map(weakref.ref, kernels._stackable(updates)))
+        return lefts[0] @ matrices[0]
+
+    def outer(*args, overlap, **kwargs):
+        assert overlap
+        assert len(read) == 2
+        assert all(reference() is not None for reference in read)
+        return []
+
+    monkeypatch.setattr(kernels, "product_serves", lambda *args: True)
+    monkeypatch.setattr(kernels, "launch_lora_down", lambda *args, **kwargs: None)
+    monkeypatch.setattr(kernels, "launch_lora_product", product)
+    monkeypatch.setattr(kernels, "launch_lora_outer", outer)
+    group = Group((6,), 8, [(5, 3), (4, 2)])
+    kernels.launch_lora_group_backward(
+        group.upstreams, group.x, torch.zeros(6, 32), group.weights, [group.lora_As[0], group.lora_As[1].half()],
+        group.lora_Bs, group.scalings, [0] * 2, [1.0] * 2, None, True,
+    )  # fmt: skip
+    assert read
