@@ -245,7 +245,7 @@ def _segments_outer_kernel(
     turn = 0  # tiles of this adapter so far; split i takes every splits-th from the i-th on
     for j in range(tl.where(exists, segments, 0)):
         if tl.load(adapters + j) == owner:
-            begin = tl.minimum(tl.load(offsets + j), rows)
+            begin = tl.minimum(tl.maximum(tl.load(offsets + j), 0), rows)
             end = tl.minimum(tl.load(offsets + j + 1), rows)
             tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T).to(tl.int32)
             own = (split - turn % splits + splits) % splits

@@ -55,7 +55,8 @@ def lora_segments(
         ranks: each adapter's rank; 0 is the base layer alone.
         scalings: each adapter's effective scale s (alpha / rank in PEFT's terms).
         offsets: int64 (segments + 1,) on x's device, ascending: segment i is rows offsets[i] to offsets[i + 1].
-            Rows outside every segment take the base layer alone; offsets past the last row are cut off there.
+            Rows outside every segment take the base layer alone; offsets before the first row or past the last are
+            cut off there.
         adapters: int64 (segments,) on x's device: each segment's adapter, in any order and any number of times. A
             number that is no adapter's, such as -1, stands for the base layer alone.
         dropout_ps: each adapter's probability of dropping an input element, or one for all; rounded to a multiple
@@ -168,9 +169,16 @@ def _native(x, weight, bias, lora_A, lora_B, *segments):
 
 
 def _native_backward(grad, x, h, weight, lora_A, lora_B, *segments):
-    return torch.ops.sensilora_C.lora_segments_backward(
+    grad_x, grad_A, grad_B = torch.ops.sensilora_C.lora_segments_backward(
         grad, x, h, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), *segments
     )
+    return grad_x, _laid_out_as(lora_A, grad_A), _laid_out_as(lora_B, grad_B)
+
+
+def _laid_out_as(matrix: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the strides that the fake promises: stacked adapters are often transposed."""
+    expected = torch.empty_like(matrix, dtype=gradient.dtype)
+    return gradient if gradient.stride() == expected.stride() else expected.copy_(gradient)
 
 
 # Never emptied: a captured CUDA graph keeps the tables' addresses. Filled by the first call, so capture after one.

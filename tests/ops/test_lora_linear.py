@@ -485,6 +485,16 @@ def test_opcheck(device, requires_grad, p):
         torch.library.opcheck(_lora_linear_backward, (grad, x, h, weight, lora_A, lora_B, 0.7, p, seed, need_grad_x))
 
 
+def test_fake_gradients_have_the_strides_of_real_ones(on_backend, device):
+    """Inductor asserts it; converted adapters are often transposed."""
+    x, weight, _, lora_A, lora_B = make((6, 8, 5, 3), torch.float32, device)
+    lora_A, lora_B = lora_A.T.contiguous().T, lora_B.T.contiguous().T
+    grad, h = torch.randn(6, 5, device=device), torch.zeros(6, 16, device=device)
+    arguments = grad, x, h, weight, lora_A, lora_B, 0.7, 0.0, None, True
+    with on_backend(OP, torch.float32):
+        torch.library.opcheck(_lora_linear_backward, arguments, test_utils="test_faketensor")
+
+
 def test_compiles_without_graph_breaks(device):
     tensors = make((6, 8, 5, 3), torch.float32, device)
     compiled = torch.compile(lambda *t: lora_linear(*t, 0.7), fullgraph=True, backend="aot_eager")

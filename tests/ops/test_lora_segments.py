@@ -228,6 +228,26 @@ def test_offsets_past_the_last_row_are_cut_off(on_backend, device):
     assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
 
 
+def test_offsets_before_the_first_row_are_cut_off(on_backend, device):
+    def behind_nan(*shape):
+        """A contiguous tensor with NaN before it in memory: what is read there would show."""
+        return torch.cat([torch.full((20, shape[1]), float("nan")), torch.randn(shape)]).to(device)[20:]
+
+    ranks, adapters = [3, 5], [0, 1, 0]
+    _, weight, bias, lora_A, lora_B = make(12, 8, 6, ranks, torch.float32, device)
+    x, grad, h = behind_nan(12, 8), behind_nan(12, 6), behind_nan(12, 16)
+    layer, settings = (weight, lora_A, lora_B), (ranks, [1.0, 2.0], [0.0, 0.0])
+    with on_backend(OP, torch.float32):
+        got, wanted = (
+            (
+                _lora_segments(x, weight, bias, lora_A, lora_B, *settings, *segments, None)[0],
+                *_lora_segments_backward(grad, x, h, *layer, *settings, *segments, None, True),
+            )
+            for segments in (on(device, offsets, adapters) for offsets in ([-9, -4, 5, 12], [0, 0, 5, 12]))
+        )
+    assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+
+
 def test_segments_of_int32(on_backend, device):
     tensors = make(12, 8, 6, [3, 5], torch.float32, device)
     segments = on(device, [0, 5, 12], [1, 0])
@@ -383,6 +403,17 @@ def test_opcheck(device, requires_grad, ps):
     for need_grad_x in (False, True):
         arguments = (grad, x, h, weight, lora_A, lora_B, ranks, [0.7, 1.2], ps, *segments, seed, need_grad_x)
         torch.library.opcheck(_lora_segments_backward, arguments)
+
+
+def test_fake_gradients_have_the_strides_of_real_ones(on_backend, device):
+    """Inductor asserts it; B is stacked as its transpose by the layer."""
+    ranks, segments = [3, 1], on(device, [0, 2, 6], [1, 0])
+    x, weight, _, lora_A, lora_B = make(6, 8, 5, ranks, torch.float32, device)
+    grad, h = torch.randn(6, 5, device=device), torch.zeros(6, 16, device=device)
+    for A, B in ((lora_A, lora_B), (lora_A.T.contiguous().T, lora_B.T.contiguous().T)):
+        arguments = grad, x, h, weight, A, B, ranks, [0.7, 1.2], [0.0, 0.0], *segments, None, True
+        with on_backend(OP, torch.float32):
+            torch.library.opcheck(_lora_segments_backward, arguments, test_utils="test_faketensor")
 
 
 def test_other_numbers_of_rows_do_not_compile_again():
