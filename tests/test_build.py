@@ -1,16 +1,22 @@
-"""What is built and packaged: the extension, its ops, the symlinked kernels, the wheel's content."""
+"""What is built and packaged: the extension, its ops, the symlinked kernels, what wheel and sdist hold."""
 
+import email
 import importlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+import sensilora
 
 ROOT = Path(__file__).parent.parent
 LEVELS = ["baseline", "avx2", "avx512", "avx512bf16"]
@@ -87,6 +93,7 @@ def test_a_missing_extension_falls_back_and_a_broken_one_raises(tmp_path, conten
         assert "ImportError" in run.stderr
 
 
+@cloned
 def test_kernels_are_reached_through_the_package():
     link = ROOT / "sensilora" / "kernels"
     assert link.is_symlink()
@@ -95,26 +102,85 @@ def test_kernels_are_reached_through_the_package():
     assert importlib.util.find_spec("sensilora.kernels.autocorrelation_diag") is not None
 
 
-@cloned
-def test_wheel_holds_every_module_and_data_file(tmp_path):
-    # From a copy, since setuptools leaves build folders beside setup.py.
-    source = tmp_path / "source"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
-    code = "from setuptools import build_meta; build_meta.build_wheel('..')"
-    run = python(code, source, SENSILORA_BUILD="none")
-    assert run.returncode == 0, run.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.endswith("-py3-none-any.whl")
-    packed = set(zipfile.ZipFile(wheel).namelist())
+@dataclass(frozen=True)
+class Packed:
+    """What the tracked files were packed into: archives, and the names of the files in them."""
 
-    listed = subprocess.run(["git", "ls-files"], cwd=source, capture_output=True, text=True, check=True)
-    tracked = listed.stdout.splitlines()
-    package = {name for name in tracked if name.startswith("sensilora/")} - {"sensilora/kernels"}
-    kernels = {f"sensilora/{name}" for name in tracked if name.startswith("kernels/")}
+    tracked: set[str]
+    wheel: Path
+    wheel_names: set[str]
+    sdist_names: set[str]
+    rebuilt_names: set[str]  # of the wheel that the unpacked sdist makes
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Packed:
+    """Without the extension, and from copies, since setuptools leaves build folders beside setup.py."""
+
+    def build(source: Path, kind: str) -> Path:
+        code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(source.parent)!r}))"
+        run = python(code, source, SENSILORA_BUILD="none")
+        assert run.returncode == 0, run.stderr
+        return source.parent / run.stdout.splitlines()[-1]
+
+    clone = tmp_path_factory.mktemp("clone") / "source"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    listed = subprocess.run(["git", "ls-files"], cwd=clone, capture_output=True, text=True, check=True)
+    sdist, wheel = build(clone, "sdist"), build(clone, "wheel")
+    unpacked = tmp_path_factory.mktemp("unpacked")
+    shutil.unpack_archive(sdist, unpacked)
+    (source,) = unpacked.iterdir()
+    return Packed(
+        tracked=set(listed.stdout.splitlines()),
+        wheel=wheel,
+        wheel_names=set(zipfile.ZipFile(wheel).namelist()),
+        sdist_names={path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()},
+        rebuilt_names=set(zipfile.ZipFile(build(source, "wheel")).namelist()),
+    )
+
+
+@cloned
+def test_wheel_holds_every_module_and_data_file(packed):
+    assert packed.wheel.name.endswith("-py3-none-any.whl")
+    package = {name for name in packed.tracked if name.startswith("sensilora/")} - {"sensilora/kernels"}
+    kernels = {f"sensilora/{name}" for name in packed.tracked if name.startswith("kernels/")}
     assert kernels
     assert {name for name in package if name.startswith("sensilora/demo_data/")}
-    assert package | kernels | {"sensilora/py.typed"} <= packed
-    assert not [name for name in packed if name.startswith(("tests/", "kernels/", "csrc/", "benchmarks/"))]
+    about = {name for name in packed.wheel_names if ".dist-info/" in name}
+    assert packed.wheel_names - about == package | kernels
+    assert "sensilora/py.typed" in package
+
+
+@cloned
+def test_sdist_holds_what_is_tracked_and_builds_the_same_wheel(packed):
+    assert packed.tracked - {"sensilora/kernels"} <= packed.sdist_names
+    assert packed.rebuilt_names == packed.wheel_names
+
+
+@cloned
+def test_wheel_says_its_licences_command_and_extras(packed):
+    with zipfile.ZipFile(packed.wheel) as archive:
+        (folder,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+        metadata = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
+        for licence in ("LICENSE", "NOTICE", "sensilora/demo_data/LICENSE"):
+            assert archive.read(f"{folder}/licenses/{licence}") == (ROOT / licence).read_bytes()
+        assert b"sensilora = sensilora.cli:main" in archive.read(f"{folder}/entry_points.txt")
+    assert metadata["Version"] == sensilora.__version__
+    assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-4.0"
+    extras = set(metadata.get_all("Provides-Extra"))
+    named = {
+        extra
+        for path in [ROOT / "README.md", *(ROOT / "sensilora").rglob("*.py")]
+        for extra in re.findall(r"sensilora\[(\w+)\]", path.read_text())
+    }
+    assert {"peft", "plots"} <= named <= extras
+
+
+def test_citation_and_package_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == sensilora.__version__
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert all(entry["authors"] and entry["title"] and entry["type"] for entry in citation["references"])
 
 
 def cuda_toolkit() -> Path | None:
