@@ -27,8 +27,8 @@ from sensilora.errors import AdapterError, PlanError
 from sensilora.nn import LoRAAdapter, MultiLoRALinear, SharedInput, VarRankLoRALinear
 from sensilora.plan import RankPlan
 from sensilora.sensitivity.batches import is_encoder_decoder
-from sensilora.sensitivity.head import untrained_head
-from sensilora.targets import fingerprint, is_conv1d, is_matrix, matrix_shape, model_id, outermost_heads
+from sensilora.sensitivity.head import untrained_heads
+from sensilora.targets import fingerprint, is_conv1d, is_matrix, matrix_shape, model_id
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -96,7 +96,7 @@ def inject(
             raise AdapterError(
                 f"the plan adapts {name}, which modules_to_save trains in full; leave it out of one of the two"
             )
-    heads = outermost_heads(model) if untrained_head(model) is not None else []
+    heads = untrained_heads(model)
     if not set(heads) <= set(saved):
         left = " and ".join(repr(head) for head in heads if head not in saved)
         warnings.warn(

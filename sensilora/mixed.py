@@ -35,7 +35,7 @@ from sensilora.adapters import (
 from sensilora.errors import AdapterError, PlanError
 from sensilora.nn import AdapterRouting, MultiLoRALinear, check_name, check_settings
 from sensilora.plan import RankPlan
-from sensilora.sensitivity.head import untrained_head
+from sensilora.sensitivity.head import untrained_heads
 
 
 def add_adapter(
@@ -112,11 +112,11 @@ def _add(
         raise AdapterError(f"there is an adapter {adapter!r} already; delete it first, or choose another name")
     for name, given in settings.items():
         check_settings(given["rank"], modules[name], given["init"], given["dropout"])
-    head = None if present else untrained_head(model)
-    if head is not None:
+    heads = [] if present else untrained_heads(model)
+    if heads:
         warnings.warn(
-            f"the head {head!r} looks new and is frozen now; call requires_grad_(True) on it to train it for all "
-            "adapters together",
+            f"the head {' and '.join(map(repr, heads))} looks new and is frozen now; call requires_grad_(True) on it "
+            "to train it for all adapters together",
             UserWarning,
             stacklevel=3,
         )

@@ -400,6 +400,28 @@ def test_patterns_follow_pefts_rule(patterns, expected):
     assert adapters._pattern_value(patterns, "a.q", 8) == expected
 
 
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("LlamaForCausalLM", "CAUSAL_LM"),
+        ("GPT2LMHeadModel", "CAUSAL_LM"),
+        ("DistilBertForSequenceClassification", "SEQ_CLS"),
+        ("T5ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+        ("WhisperForConditionalGeneration", None),
+        ("ViTForImageClassification", None),
+    ],
+)
+def test_task_types_are_those_that_run_in_peft(family, expected):
+    assert adapters.task_type(tiny_models.family_model(family)) == expected
+
+
+def test_a_vision_language_model_is_no_encoder_decoder():
+    class LookAndTellForConditionalGeneration(nn.Linear):
+        config = transformers.PretrainedConfig()
+
+    assert adapters.task_type(LookAndTellForConditionalGeneration(2, 2)) is None
+
+
 # Model class, and the sizes of the groups in one forward pass.
 GROUPS = {
     "LlamaForCausalLM": [3, 2] * 2,

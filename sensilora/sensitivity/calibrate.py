@@ -19,7 +19,7 @@ from sensilora.sensitivity.activation import ActivationEstimator
 from sensilora.sensitivity.batches import Batch, progress_bar
 from sensilora.sensitivity.capture import Matrix, frozen, group_tied, wrapped_forwards
 from sensilora.sensitivity.fisher import FisherEstimator, LossFunction
-from sensilora.sensitivity.head import untrained_head, warmed_head
+from sensilora.sensitivity.head import untrained_heads, warmed_head
 from sensilora.sensitivity.report import EstimatorName, LabelSource, MatrixSensitivity, Mode, SensitivityReport
 from sensilora.targets import Targets, find_targets, fingerprint, model_id, stacked_experts, unwrapped
 
@@ -214,11 +214,11 @@ def _warn_of_experts(model: nn.Module) -> None:
 
 
 def _warn_of_untrained_head(model: nn.Module, head_warmup_steps: int) -> None:
-    head = None if head_warmup_steps else untrained_head(model)
-    if head is not None:
+    heads = [] if head_warmup_steps else untrained_heads(model)
+    if heads:
         warnings.warn(
-            f"the head {head!r} looks newly initialised, and gradients that come through it say nothing about the "
-            "task; pass head_warmup_steps (for example 100) to train it first, for calibration only",
+            f"the head {' and '.join(map(repr, heads))} looks newly initialised, and gradients that come through it "
+            "say nothing about the task; pass head_warmup_steps (for example 100) to train it first, for calibration only",
             UserWarning,
             stacklevel=3,
         )

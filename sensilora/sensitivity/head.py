@@ -35,19 +35,20 @@ def classification_head(model: nn.Module) -> tuple[str, nn.Linear] | None:
     return next(((name, module) for name, module in reversed(linears) if name in names), None)
 
 
-def untrained_head(model: nn.Module) -> str | None:
-    """Name of the whole classification head if its last weights look as transformers initialises them, else None."""
+def untrained_heads(model: nn.Module) -> list[str]:
+    """Names of the classification head's outermost modules if it looks as transformers initialises it, else none.
+
+    RoBERTa's head is two new layers in one module, DistilBERT's is two modules.
+    """
     head = classification_head(model)
     std = getattr(getattr(model, "config", None), "initializer_range", None)
     if head is None or not std or head[1].weight.numel() < 2:
-        return None
-    name, module = head
+        return []
+    _, module = head
     if module.bias is not None and bool(module.bias.any()):
-        return None
-    if abs(float(module.weight.detach().float().std()) / std - 1) >= _STD_TOLERANCE:
-        return None
-    # RoBERTa's head is two layers, both of which are new.
-    return next(head for head in outermost_heads(model) if f"{name}.".startswith(f"{head}."))
+        return []
+    new = abs(float(module.weight.detach().float().std()) / std - 1) < _STD_TOLERANCE
+    return outermost_heads(model) if new else []
 
 
 @contextlib.contextmanager

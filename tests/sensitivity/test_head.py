@@ -6,7 +6,7 @@ from torch import nn
 
 from sensilora.errors import CalibrationError, NonFiniteError
 from sensilora.sensitivity import calibrate
-from sensilora.sensitivity.head import classification_head, untrained_head
+from sensilora.sensitivity.head import classification_head, untrained_heads
 from tests.sensitivity.oracles import Net, classification_batch, pad, sequences
 
 transformers = pytest.importorskip("transformers")
@@ -41,17 +41,17 @@ def test_which_module_is_the_head(cls, config, head):
     model = classifier(cls, config)
     found = classification_head(model)
     assert (found and found[0].partition(".")[0]) == head
-    assert untrained_head(model) == head
+    assert untrained_heads(model) == ([head] if head else [])
 
 
 def test_a_trained_head_is_not_called_new():
     model = classifier()
     model.classifier.bias.data[0] = 0.01
-    assert untrained_head(model) is None
+    assert untrained_heads(model) == []
     model = classifier()
     model.classifier.weight.data.mul_(2)
-    assert untrained_head(model) is None
-    assert untrained_head(Net()) is None  # no config to compare with
+    assert untrained_heads(model) == []
+    assert untrained_heads(Net()) == []  # no config to compare with
 
 
 @pytest.mark.parametrize("labels", ["data", "model"])
