@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -461,6 +462,18 @@ def test_bad_data_file(files, work, capsys):
         assert run("plan", files / "bert", name, "--average-rank", 4) == 2
         assert message in one_sentence(capsys)
     assert content(work) == {"empty.jsonl", "broken.jsonl", "partly.jsonl"}
+
+
+def test_weights_that_are_not_finite_are_told_before_training(files, classifier, work, capsys):
+    shutil.copytree(files / "bert", "bert")
+    weights = load_file("bert/model.safetensors")
+    name = next(name for name in weights if name.endswith("output.dense.weight"))
+    weights[name][0, 0] = float("nan")
+    _files.write_tensors("bert/model.safetensors", weights)
+    before = content(work)
+    assert run("train", "bert", classifier["plan"], files / "train.jsonl", "--eval-data", files / "dev.jsonl") == 2
+    assert f"{name} of the model holds NaN or Inf" in one_sentence(capsys)
+    assert content(work) == before
 
 
 def test_damaged_plan_and_adapter(files, classifier, work, capsys):

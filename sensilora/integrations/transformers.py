@@ -345,8 +345,13 @@ def train_with_trainer(
         `evaluate` returned, or the run's totals.
 
     Raises:
-        NonFiniteError: a trained parameter became NaN or Inf.
+        NonFiniteError: a weight holds NaN or Inf before or after training, or the loss of a step is NaN or Inf, at
+            which training stops.
     """
+    damaged = first_non_finite_parameter(model)
+    if damaged is not None:
+        name = damaged.replace(".base_layer.", ".")
+        raise NonFiniteError(f"{name} of the model holds NaN or Inf; its checkpoint is damaged, load another one")
     steps = math.ceil(len(examples) / batch_size) * epochs
     with quiet():
         arguments = TrainingArguments(
@@ -369,20 +374,48 @@ def train_with_trainer(
         )
         # With several GPUs the Trainer would wrap the model in nn.DataParallel; this is single-GPU training.
         arguments._n_gpu = min(arguments.n_gpu, 1)
-        trainer = Trainer(
+        bar = _Progress(evaluate, progress)
+        trainer = _Trainer(
             model,
             arguments,
             data_collator=functools.partial(collate, pad_token_id=pad_token_id),
             train_dataset=list(examples),
-            callbacks=[_Progress(evaluate, progress)],
+            callbacks=[bar],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            bar.close()
+        trainer.require_finite_loss()
     model.eval()
     damaged = first_non_finite_parameter(model)
     if damaged is not None:
         raise NonFiniteError(f"training diverged: {damaged} holds NaN or Inf; lower the learning rate")
     return trainer.state.log_history
+
+
+class _Trainer(Trainer):
+    """Stops when the loss is no longer finite."""
+
+    latest_loss: Tensor | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        # One step late: to ask for the loss of this one would make the host wait for the GPU at every step.
+        self.require_finite_loss()
+        self.latest_loss = super().training_step(*args, **kwargs)
+        return self.latest_loss
+
+    def require_finite_loss(self) -> None:
+        if self.latest_loss is None or bool(self.latest_loss.isfinite()):
+            return
+        step, loss = self.state.global_step, float(self.latest_loss)
+        if step == 1:
+            raise NonFiniteError(
+                f"the loss of step 1 is {loss}, before anything was trained: the model overflows on this data; load "
+                "it in another dtype (--dtype float32 or bfloat16)"
+            )
+        raise NonFiniteError(f"training diverged: the loss of step {step} is {loss}; lower the learning rate")
 
 
 class _Progress(TrainerCallback):
@@ -407,7 +440,7 @@ class _Progress(TrainerCallback):
         if self.evaluate is not None:
             state.log_history.append({**self.evaluate(), "epoch": state.epoch, "step": state.global_step})
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 

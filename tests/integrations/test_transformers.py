@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -268,9 +269,42 @@ def test_learning_rate_rises_and_falls_linearly(bert, tmp_path):
 
 
 def test_divergence_is_an_error(bert, tmp_path):
+    steps = []
     model = adapted(bert)
+    model.register_forward_hook(lambda *_: steps.append(1))
+    with pytest.raises(NonFiniteError, match=r"^training diverged: the loss of step 2 is nan; lower the learning"):
+        train(model, bert, tmp_path, epochs=300, learning_rate=1e36, warmup=0.0)
+    assert len(steps) == 2
+    # After the last step no loss would tell.
+    model = adapted(bert)
+
+    def damage():
+        model.classifier.weight.data.fill_(math.nan)
+        return {}
+
     with pytest.raises(NonFiniteError, match=r"training diverged: .* holds NaN or Inf; lower the learning rate"):
-        train(model, bert, tmp_path, epochs=3, learning_rate=1e36, warmup=0.0)
+        train(model, bert, tmp_path, epochs=1, evaluate=damage)
+
+
+@pytest.mark.parametrize("batch_size", [8, 24])
+def test_a_first_loss_that_is_not_finite_stops_training(bert, tmp_path, batch_size):
+    model, steps = adapted(bert), []
+    model.register_forward_hook(lambda module, inputs, output: steps.append(output.loss.mul_(math.inf)))
+    message = r"^the loss of step 1 is inf, before anything was trained: .*; load it in another dtype"
+    with pytest.raises(NonFiniteError, match=message):
+        train(model, bert, tmp_path, epochs=batch_size / 24, batch_size=batch_size)
+    assert len(steps) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_named_before_training(bert, tmp_path):
+    model = adapted(bert)
+    layer = model.bert.encoder.layer[1].attention.self.key
+    layer.weight.data[2, 3] = math.nan
+    model.register_forward_hook(lambda *_: pytest.fail("training began"))
+    name = re.escape("bert.encoder.layer.1.attention.self.key.weight")
+    with pytest.raises(NonFiniteError, match=rf"^{name} of the model holds NaN or Inf; its checkpoint is damaged"):
+        train(model, bert, tmp_path)
 
 
 @pytest.mark.gpu
