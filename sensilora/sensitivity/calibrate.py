@@ -218,7 +218,8 @@ def _warn_of_untrained_head(model: nn.Module, head_warmup_steps: int) -> None:
     if heads:
         warnings.warn(
             f"the head {' and '.join(map(repr, heads))} looks newly initialised, and gradients that come through it "
-            "say nothing about the task; pass head_warmup_steps (for example 100) to train it first, for calibration only",
+            "say nothing about the task; pass head_warmup_steps (for example 100) to train it first, for calibration "
+            "only",
             UserWarning,
             stacklevel=3,
         )
