@@ -279,6 +279,8 @@ def demo(
     config: ConfigOption = None,
 ) -> None:
     """Compare Sensitivity-LoRA with uniform LoRA on real data: calibrate, allot ranks, fine-tune both, report."""
+    _check_matplotlib()
+
     from sensilora.demo import run_demo
 
     chosen = {
@@ -707,6 +709,10 @@ def _check_folder(path: Path, force: bool) -> None:
 def _check_picture(path: Path) -> None:
     if path.suffix not in {".png", ".svg", ".pdf"}:
         raise typer.BadParameter(f"{path} must end in .png, .svg or .pdf")
+    _check_matplotlib()
+
+
+def _check_matplotlib() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise BackendError("pictures need matplotlib, which is not installed; pip install 'sensilora[plots]'")
 

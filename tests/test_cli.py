@@ -368,6 +368,12 @@ def test_doctor(capsys):
     assert torch.__version__ in out
 
 
+def test_demo_says_before_it_starts_that_it_needs_matplotlib(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("demo", "--model", "does-not-exist") == 2
+    assert "pip install 'sensilora[plots]'" in capsys.readouterr().err
+
+
 def test_doctor_tells_of_a_forced_backend(capsys, monkeypatch):
     monkeypatch.setenv("SENSILORA_BACKEND", "torch")
     found = json.loads(succeed(capsys, "doctor", "--json"))
