@@ -164,7 +164,7 @@ def test_wheel_says_its_licences_command_and_extras(packed):
         metadata = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
         for licence in ("LICENSE", "NOTICE", "sensilora/demo_data/LICENSE"):
             assert archive.read(f"{folder}/licenses/{licence}") == (ROOT / licence).read_bytes()
-        assert b"sensilora = sensilora.cli:main" in archive.read(f"{folder}/entry_points.txt")
+        assert b"sensilora = sensilora.__main__:main" in archive.read(f"{folder}/entry_points.txt")
     assert metadata["Version"] == sensilora.__version__
     assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-4.0"
     extras = set(metadata.get_all("Provides-Extra"))

@@ -600,6 +600,33 @@ def test_ctrl_c_during_training_removes_everything(files, classifier, work):
     assert content(work) == set()
 
 
+@pytest.mark.parametrize("module", ["torch", "typer"])
+@pytest.mark.parametrize("way", ["program", "module"])
+def test_ctrl_c_while_modules_are_imported(work, module, way):
+    Path(f"{module}.py").write_text("raise KeyboardInterrupt")
+    # As pip writes it from pyproject.toml.
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    target, function = re.search(r'^sensilora = "(.+):(.+)"$', project, re.MULTILINE).groups()
+    Path("sensilora").write_text(f"import sys\nfrom {target} import {function}\nsys.exit({function}())\n")
+    command = ["-m", "sensilora"] if way == "module" else ["sensilora"]
+    done = subprocess.run(
+        [sys.executable, *command, "doctor"],
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}."},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_while_a_caller_imports_the_package_is_the_callers(work):
+    Path("torch.py").write_text("raise KeyboardInterrupt")
+    code = "try:\n    import sensilora\nexcept KeyboardInterrupt:\n    print('mine')\n"
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}."}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "mine\n", "")
+
+
 def test_a_bug_keeps_its_traceback(files, classifier, work, monkeypatch):
     monkeypatch.setattr(RankPlan, "plot", lambda plan, path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
