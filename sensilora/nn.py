@@ -527,9 +527,10 @@ class AdapterRouting:
                 ids = torch.tensor(numbers, dtype=torch.int64)
             assigned["ids"] = _int64_vector(ids, "adapter ids")
         if offsets is not None:
+            offsets = _int64_vector(offsets, "offsets")
             if "ids" not in assigned or offsets.shape != (assigned["ids"].shape[0] + 1,):
                 raise AdapterError("offsets go with adapter ids, one for each segment: one offset more than ids")
-            assigned["offsets"] = _int64_vector(offsets, "offsets")
+            assigned["offsets"] = offsets
         if device is not None:
             assigned = {key: _moved_to(tensor, device) for key, tensor in assigned.items()}
         self._for_all, self._assigned = for_all, assigned
@@ -609,7 +610,7 @@ class AdapterRouting:
 
 def check_name(name: str) -> None:
     """Raise AdapterError unless `name` can be a part of a parameter's name and does not stand for the base layer."""
-    if name == BASE or not name or "." in name or hasattr(nn.ParameterDict(), name):
+    if not isinstance(name, str) or name in ("", BASE) or "." in name or hasattr(nn.ParameterDict(), name):
         raise AdapterError(f"an adapter cannot be called {name!r}; choose a name without dots, such as 'task_a'")
 
 
@@ -625,6 +626,8 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _int64_vector(tensor: Tensor, name: str) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise AdapterError(f"{name} must be a 1-D tensor of integers, not {tensor!r}")
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise AdapterError(f"{name} must be a 1-D tensor of integers, not {tuple(tensor.shape)} of {tensor.dtype}")
     return tensor.to(torch.int64, copy=True)

@@ -220,6 +220,8 @@ def test_names_that_cannot_be(name):
             AdapterError,
             "must be a 1-D tensor of integers",
         ),
+        (lambda layer: layer.routing.assign(["a0"], [0, 1]), AdapterError, "offsets must be a 1-D tensor"),
+        (lambda layer: layer.add_adapter(3, 2), AdapterError, "an adapter cannot be called 3"),
         (lambda layer: layer.routing.assign(["a0"], torch.tensor([0, 1, 2])), AdapterError, "one offset more"),
         (lambda layer: layer.routing.assign("a0", torch.tensor([0, 1])), AdapterError, "one offset more"),
         (lambda layer: layer.routing.assign(["a0"], torch.tensor([0.0, 1.0])), AdapterError, "offsets must be a 1-D"),
