@@ -197,18 +197,6 @@ def _add_update(
 
 
 @triton.jit
-def _store_parts(out, total, first_t, first_c, PARTS: tl.constexpr):
-    """Store in PARTS column parts, which takes less shared memory, so that the tiles of one more stage have room."""
-    BLOCK_C: tl.constexpr = total.shape[1]
-    if PARTS == 1:
-        out.store([first_t, first_c], total.to(out.dtype))
-    else:
-        low, high = _halves(total)
-        _store_parts(out, low, first_t, first_c, PARTS // 2)
-        _store_parts(out, high, first_t, first_c + BLOCK_C // 2, PARTS // 2)
-
-
-@triton.jit
 def _halves(total):
     """The left and the right half of a tile's columns."""
     BLOCK_T: tl.constexpr = total.shape[0]

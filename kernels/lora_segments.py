@@ -25,14 +25,15 @@ from sensilora.kernels.lora_linear import (
     _cdiv,
     _config,
     _finish_after_previous,
+    _halves,
     _next_power_of_2,
     _overlapping,
     _precision,
     _row_major,
     _splits,
-    _store_parts,
     _tile_order,
     launch_reduce,
+    padded,
     product_serves,
 )
 
@@ -128,6 +129,18 @@ def _segment_operands(
     pointers = matrix + (first + r).to(tl.int64)[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c
     right = tl.load(pointers, mask=inside_r[:, None] & (c < columns)[None, :], other=0.0)
     return left, right
+
+
+@triton.jit
+def _store_parts(out, total, first_t, first_c, PARTS: tl.constexpr):
+    """Store in PARTS column parts, which takes less shared memory, so that the tiles of one more stage have room."""
+    BLOCK_C: tl.constexpr = total.shape[1]
+    if PARTS == 1:
+        out.store([first_t, first_c], total.to(out.dtype))
+    else:
+        low, high = _halves(total)
+        _store_parts(out, low, first_t, first_c, PARTS // 2)
+        _store_parts(out, high, first_t, first_c + BLOCK_C // 2, PARTS // 2)
 
 
 @triton.jit(do_not_specialize=["segments", "count"])
@@ -274,11 +287,11 @@ def _segments_outer_kernel(
 class _Segments:
     """The batch's segments and the adapters' tables, as every launch takes them."""
 
-    def __init__(self, ints, floats, offsets, adapters, seed, max_rank, any_dropout):
+    def __init__(self, ints, floats, offsets, adapters, seed, max_rank):
         self.ints, self.offsets, self.adapters, self.seed = ints, offsets, adapters, seed
         self.scaling, self.keep_scale = floats, floats[:, 1:]
         self.count, self.segments = ints.shape[0], adapters.shape[0]
-        self.max_rank, self.dropout = max_rank, any_dropout
+        self.max_rank = max_rank
         self.block_r = min(MAX_BLOCK_RANK, _bucket(max_rank))
         self.rank_tiles = _cdiv(max_rank, self.block_r)
         self.block_s = _next_power_of_2(self.segments + 1)
@@ -289,10 +302,7 @@ class _Segments:
 
 
 def _packed(stack, like):
-    """The stack (Σ ranks, other) contiguous in like's dtype:
-
-    As wide as all adapters together, it is read by every tile.
-    """
+    """The stack (Σ ranks, other) in like's dtype with contiguous rows, since every tile of the product reads it."""
     return stack.to(like.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
@@ -300,7 +310,7 @@ def _down(x, matrix, segments, scales, *, dropout, beside):
     """h (rows, max_rank) = scale * drop(x) matrixᵀ for matrix (stack, in_features); padded to have aligned rows."""
     rows, in_features = x.shape
     block_t, block_k, warps, stages = _config("down_beside" if beside else "down", segments.block_r, x)
-    h = torch.empty(rows, -(-segments.max_rank // 16) * 16, dtype=x.dtype, device=x.device)
+    h = torch.empty(rows, padded(segments.max_rank), dtype=x.dtype, device=x.device)
     _segments_down_kernel[(segments.slots(rows, block_t), segments.rank_tiles)](
         x, matrix, h, segments.seed, segments.offsets, segments.adapters, segments.ints, scales, rows, in_features,
         segments.segments, segments.count, matrix.stride(0), matrix.stride(1), h.stride(0),
@@ -371,8 +381,7 @@ def _outer(left, skinny, stack, segments, scales, *, dropout, overlap):
 def launch_lora_segments(
     x, weight, bias, lora_A, lora_B, ints, floats, offsets, adapters, seed, max_rank, any_dropout
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = x Wᵀ + b + s_i (drop_i(x) A_iᵀ) B_iᵀ with the adapter i of each row's segment, and h (rows, max_rank
-    padded).
+    """y = x Wᵀ + b + s_i (drop_i(x) A_iᵀ) B_iᵀ with each row's own adapter i, and h (rows, max_rank padded).
 
     Args:
         x: (rows, in_features), contiguous.
@@ -383,9 +392,9 @@ def launch_lora_segments(
         any_dropout: whether any adapter drops anything.
     """
     if x.shape[0] == 0 or max_rank == 0 or adapters.shape[0] == 0:
-        h = torch.zeros(x.shape[0], -(-max_rank // 16) * 16, dtype=x.dtype, device=x.device)
+        h = torch.zeros(x.shape[0], padded(max_rank), dtype=x.dtype, device=x.device)
         return torch.nn.functional.linear(x, weight, bias), h
-    segments = _Segments(ints, floats, offsets, adapters, seed, max_rank, any_dropout)
+    segments = _Segments(ints, floats, offsets, adapters, seed, max_rank)
     lora_A, B_T = _packed(lora_A, x), _packed(lora_B.T, x)
     fused = product_serves(x, weight.T, max_rank)
     h = _down(x, lora_A, segments, segments.keep_scale, dropout=any_dropout, beside=fused)
@@ -403,7 +412,7 @@ def launch_lora_segments_backward(
     if x.shape[0] == 0 or max_rank == 0 or adapters.shape[0] == 0:
         grad_x = torch.mm(grad, weight) if need_grad_x else x.new_empty(0)
         return grad_x, torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    segments = _Segments(ints, floats, offsets, adapters, seed, max_rank, any_dropout)
+    segments = _Segments(ints, floats, offsets, adapters, seed, max_rank)
     stack = lora_A.shape[0]
     A, B_T = _packed(lora_A, x), _packed(lora_B.T, x)
     # With dropout the mask sits between the two terms of grad_x.

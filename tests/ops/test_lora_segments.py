@@ -544,7 +544,7 @@ def test_triton_product_under_the_interpreter(ranks):
     offsets, adapters = torch.tensor([0, 7, 7, 140, 200, 290]), torch.tensor([1, 0, 3, 2, 0])
     scalings = (0.5, 1.0, 2.0, 0.7)
     ints, floats = _tables(ranks, scalings, (0.0,) * 4, torch.device("cpu"))
-    segments = kernels._Segments(ints, floats, offsets, adapters, None, max(ranks), False)
+    segments = kernels._Segments(ints, floats, offsets, adapters, None, max(ranks))
     left, matrix = torch.randn(rows, reduced, dtype=torch.float16), (torch.randn(reduced, columns) / 7).half()
     skinny = torch.randn(rows, 144, dtype=torch.float16)
     updates, bias = torch.randn(sum(ranks), columns), torch.randn(columns, dtype=torch.float16)
