@@ -3,9 +3,10 @@
 
 # The interpreter. One that has torch and the other packages already is used with them, without any download.
 PY ?= python3
-# Installed where that interpreter has no torch. More words go to pip, for example
-# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" for the small build without CUDA.
-TORCH ?= torch==2.13.0
+# Installed where that interpreter has no torch; torch==2.13.0 if nothing is given. More words go to pip, for example
+# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" for the small build without CUDA. Another
+# value than .venv was made with makes it anew.
+TORCH ?=
 # Passed on to the demo, pytest, the benchmarks or the fuzzer.
 ARGS ?=
 

