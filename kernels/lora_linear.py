@@ -822,7 +822,9 @@ def launch_lora_group(
         rows > 0 and rank > 0 and product_serves(x, weight.T, rank)
         for weight, rank in zip(weights, ranks, strict=True)
     ]
-    updates = [packed(lora_B.T, x) for lora_B in lora_Bs]  # before the chain of launches that overlap
+    # Before the chain of launches that overlap, and held until its end.
+    updates = [packed(lora_B.T, x) for lora_B in lora_Bs]
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
     masks = {mask[0][0]: mask for mask in _masks(ranks, thresholds, keep_scales, seeds)} if rows > 0 else {}
     side = None if rows == 0 or any(served) else _side_stream(x)
     ys = []
@@ -891,6 +893,7 @@ def launch_lora_group_backward(
     # Copies first: a launch of another kind between would keep the passes from overlapping. Those that the product
     # reads are held to the end: a pass beside it would else be given their memory for its partial sums.
     updates = _stackable(lora_As) if fused else ()
+    seeds = None if seeds is None else seeds.contiguous()
     with _on(side):
         for i, lora_B_T in [(i, packed(lora_Bs[i].T, x)) for i in adapted]:
             columns = q[:, _columns(ranks, [i])]

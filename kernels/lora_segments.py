@@ -399,6 +399,7 @@ def launch_lora_segments(
     fused = product_serves(x, weight.T, max_rank)
     h = _down(x, lora_A, segments, segments.keep_scale, dropout=any_dropout, beside=fused)
     if fused:
+        bias = None if bias is None else bias.contiguous()
         return _product(x, weight.T, bias, h, B_T, segments, scaled=True), h
     y = torch.nn.functional.linear(x, weight, bias)
     _up(y, h, B_T, segments, segments.scaling, dropout=False)

@@ -468,3 +468,26 @@ def test_what_the_product_reads_outlives_the_passes_beside_it(monkeypatch):
         group.lora_Bs, group.scalings, [0] * 2, [1.0] * 2, None, True,
     )  # fmt: skip
     assert read
+
+
+def test_the_product_reads_biases_and_seeds_of_any_strides(monkeypatch):
+    """It takes their elements for neighbours; an expanded seed's are one and the same."""
+    kernels = pytest.importorskip("sensilora.kernels.lora_linear")
+    read = []
+
+    def product(lefts, matrices, bias, skinny, updates, scale, thresholds, keep_scales, seeds):
+        read.extend(tensor for tensor in (bias, seeds) if tensor is not None)
+        return lefts[0] @ matrices[0]
+
+    monkeypatch.setattr(kernels, "product_serves", lambda *args: True)
+    monkeypatch.setattr(kernels, "launch_lora_down", lambda *args, **kwargs: None)
+    monkeypatch.setattr(kernels, "launch_lora_product", product)
+    monkeypatch.setattr(kernels, "launch_lora_outer", lambda *args, **kwargs: [])
+    group = Group((6,), 8, [(5, 3), (5, 2)])
+    biases, seeds = [torch.arange(10.0)[::2]] * 2, torch.tensor([7]).expand(2)
+    mask = [16384] * 2, [4 / 3] * 2, seeds
+    adapters = group.weights, group.lora_As, group.lora_Bs, group.scalings
+    kernels.launch_lora_group(group.x, group.weights, biases, *adapters[1:], *mask)
+    kernels.launch_lora_group_backward(group.upstreams, group.x, torch.zeros(6, 32), *adapters, *mask, True)
+    assert [tensor.tolist() for tensor in read] == [[0.0, 2.0, 4.0, 6.0, 8.0]] * 2 + [[7, 7]]
+    assert all(tensor.is_contiguous() for tensor in read)

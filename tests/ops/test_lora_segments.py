@@ -594,3 +594,18 @@ def test_triton_product_with_segments_in_its_accumulator(dtype, p):
         results.append((y, *torch.autograd.grad(y, (operands[0], *adapter), upstream.to(kind))))
     for got, expected in zip(*results, strict=True):
         assert relative_error(got, expected) <= 4 * RELATIVE[dtype]
+
+
+def test_the_product_reads_a_bias_of_any_stride(monkeypatch):
+    kernels = pytest.importorskip("sensilora.kernels.lora_segments")
+    read = []
+    monkeypatch.setattr(kernels, "product_serves", lambda *args: True)
+    monkeypatch.setattr(kernels, "_down", lambda *args, **kwargs: None)
+    monkeypatch.setattr(kernels, "_product", lambda left, matrix, bias, *args, **kwargs: read.append(bias))
+    x, weight, _, lora_A, lora_B = make(4, 6, 3, [2], torch.float32, "cpu")
+    tables, segments = _tables((2,), (1.0,), (0.0,), x.device), on("cpu", [0, 4], [0])
+    kernels.launch_lora_segments(
+        x, weight, torch.arange(6.0)[::2], lora_A, lora_B, *tables, *segments, None, 2, False
+    )
+    assert read[0].tolist() == [0.0, 2.0, 4.0]
+    assert read[0].is_contiguous()
