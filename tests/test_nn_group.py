@@ -123,21 +123,21 @@ class TestGroup:
         first, second = VarRankLoRAGroup(layers)(x)
         assert not torch.equal(first, second)
 
-    @pytest.mark.parametrize("reason", ["dropout", "mode", "width", "hook", "kind"])
+    @pytest.mark.parametrize("reason", ["dropout", "mode", "dtype", "hook", "kind"])
     def test_what_cannot_be_computed_together_is_called_one_by_one(self, calls, reason):
         layers = [adapted(6, 3, dropout=0.2), adapted(4, 2, dropout=0.2)]
         if reason == "dropout":
             layers[1].dropout = 0.1
         elif reason == "mode":
             layers[1].eval()
-        elif reason == "width":
+        elif reason == "dtype":
             layers[1] = adapted(4, 2, dtype=torch.float64)
         elif reason == "hook":
             layers[1].register_forward_hook(lambda module, args, output: output + 1)
         else:
             layers[1].__class__ = type("Other", (VarRankLoRALinear,), {})
         group = VarRankLoRAGroup(layers, shared_dropout_mask=True)
-        if reason == "width":
+        if reason == "dtype":
             with pytest.raises(ValueError, match="must have x's dtype"):
                 group(torch.randn(3, 8))
         else:
