@@ -96,7 +96,7 @@ def _other_shape(folder):
         (_no_config, "holds no config.json"),
         (_truncated_config, "cannot be loaded: .*config.json"),
         (_pickled_weights, "cannot be loaded: .*no file named model.safetensors"),
-        (_truncated_weights, "cannot be loaded: .*incomplete"),
+        (_truncated_weights, "cannot be loaded: .*(?i:incomplete)"),
         (_other_shape, r"the checkpoint's bert.encoder.layer.0.intermediate.dense.bias has another shape"),
     ],
 )
