@@ -280,7 +280,6 @@ def _lora_product_kernel(
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
 ):
     """out = Σ left_i matrix_i + bias + scale * skinny updates, persistent, tiles by TMA; the update is one more dot.
 
@@ -290,11 +289,12 @@ def _lora_product_kernel(
     """
     tiles_t, tiles_c = tl.cdiv(rows, BLOCK_T), tl.cdiv(columns, BLOCK_C)
     dtype: tl.constexpr = skinny.dtype.element_ty
-    for tile in range(tl.program_id(0), tiles_t * tiles_c, PROGRAMS):
+    programs = tl.num_programs(0)
+    for tile in range(tl.program_id(0), tiles_t * tiles_c, programs):
         tile_t, tile_c = _tile_order(tile, tiles_t, tiles_c, GROUP)
         first_t, first_c = tile_t * BLOCK_T, tile_c * BLOCK_C
         # Except for the first tile skinny is there, and its latency and that of the update hide behind the product.
-        waited = tile >= PROGRAMS
+        waited = tile >= programs
         t, c, r = first_t + tl.arange(0, BLOCK_T), first_c + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
         if UPDATE == "early":
             right = _update_tile(updates, ranks, update_strides_r, update_stride_c, r, c, columns, ALIGNED)
@@ -348,8 +348,9 @@ def _lora_up_kernel(
 ):
     """out (rows, columns) += scale * mask∘(skinny updates), where the base product has been computed before."""
     # The last rows first: what the base product wrote last is still in L2.
-    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64) * BLOCK_T
-    first_column = tl.program_id(0) * BLOCK_C
+    tiles_c = tl.cdiv(columns, BLOCK_C)
+    first_row = ((tl.num_programs(0) - 1 - tl.program_id(0)) // tiles_c).to(tl.int64) * BLOCK_T
+    first_column = tl.program_id(0) % tiles_c * BLOCK_C
     t = first_row + tl.arange(0, BLOCK_T)
     c = first_column + tl.arange(0, BLOCK_C)
     inside = (t < rows)[:, None] & (c < columns)[None, :]
@@ -405,6 +406,7 @@ def _lora_outer_kernel(
     also grad_x += scale * mask∘(skinny matrices), with the mask that is at hand.
     """
     if OVERLAP:
+        # No wait: q is complete, since the product before starts this launch only after its own wait for q.
         gdc_launch_dependents()
     first_c = tl.program_id(0) * BLOCK_C
     split = tl.program_id(1)
@@ -692,7 +694,7 @@ def launch_lora_product(lefts, matrices, bias, skinny, updates, scale, threshold
         UPDATE="parts" if dropout or stack > block_r else "early" if stack <= EARLY_RANK else "late",
         ALIGNED=_aligned(updates), TRANSPOSED=transposed,
         OVERLAP=overlap, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=block_r, GROUP=group,
-        PARTS=parts, PROGRAMS=programs, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS,
+        PARTS=parts, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS,
         **_overlapping(overlap),
     )  # fmt: skip
     return out
@@ -704,7 +706,8 @@ def launch_lora_up(out, skinny, updates, scale, threshold, seed):
     updates = _stackable(updates)
     stack, ranks, strides_r, stride_c = _stack(updates)
     block_t, block_c, warps, stages = _config("up", stack, out)
-    _lora_up_kernel[(_cdiv(columns, block_c), _cdiv(rows, block_t))](
+    # In one dimension, since the others of a grid end at 65,535.
+    _lora_up_kernel[(_cdiv(columns, block_c) * _cdiv(rows, block_t),)](
         out, skinny, updates, seed, rows, columns, skinny.stride(0), stack, ranks, strides_r, stride_c, scale,
         threshold,
         DROPOUT=threshold > 0, ALIGNED=_aligned(updates), PRECISION=_precision(out.dtype), BLOCK_T=block_t,

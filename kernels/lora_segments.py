@@ -150,14 +150,15 @@ def _segments_product_kernel(
     skinny_stride, update_stride_r, update_stride_c,
     SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
-    GROUP: tl.constexpr, PARTS: tl.constexpr, PROGRAMS: tl.constexpr,
+    GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out = left matrix + bias + scale * skinny updates, each row with its own adapter's updates (stack, columns)."""
     tiles_t, tiles_c = tl.cdiv(rows, BLOCK_T), tl.cdiv(columns, BLOCK_C)
     dtype: tl.constexpr = skinny.dtype.element_ty
     starts = _starts(offsets, segments, rows, BLOCK_S)
     r = tl.arange(0, BLOCK_R)
-    for tile in range(tl.program_id(0), tiles_t * tiles_c, PROGRAMS):
+    programs = tl.num_programs(0)
+    for tile in range(tl.program_id(0), tiles_t * tiles_c, programs):
         tile_t, tile_c = _tile_order(tile, tiles_t, tiles_c, GROUP)
         first_t, first_c = tile_t * BLOCK_T, tile_c * BLOCK_C
         t, c = first_t + tl.arange(0, BLOCK_T), first_c + tl.arange(0, BLOCK_C)
@@ -170,7 +171,7 @@ def _segments_product_kernel(
             scale = tl.load(scales + 2 * adapter)
         total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
         total = _accumulate(total, left, matrix, first_t, first_c, reduced, TRANSPOSED, BLOCK_K)
-        if OVERLAP and tile < PROGRAMS:
+        if OVERLAP and tile < programs:
             gdc_wait()
             gdc_launch_dependents()
         skinny_tile, update_tile = _segment_operands(
@@ -206,11 +207,12 @@ def _segments_up_kernel(
 ):  # fmt: skip
     """out (rows, columns) += scale * mask∘(skinny updates), each row from its own adapter's (stack, columns)."""
     # The last rows first: what the base product wrote last is still in L2.
-    slot = tl.num_programs(1) - 1 - tl.program_id(1)
+    tiles_c = tl.cdiv(columns, BLOCK_C)
+    slot = (tl.num_programs(0) - 1 - tl.program_id(0)) // tiles_c
     first_row, begin, end, adapter, first, rank = _stretch(
         offsets, adapters, ints, segments, count, rows, slot, BLOCK_T, BLOCK_S
     )
-    first_column = tl.program_id(0) * BLOCK_C
+    first_column = tl.program_id(0) % tiles_c * BLOCK_C
     t = first_row + tl.arange(0, BLOCK_T)
     c = first_column + tl.arange(0, BLOCK_C)
     if (begin < end) & (rank > 0):
@@ -340,7 +342,7 @@ def _product(left, matrix, bias, skinny, updates, segments, *, scaled):
         reduced, segments.segments, segments.count, skinny.stride(0), updates.stride(0), updates.stride(1),
         SCALED=scaled, HAS_BIAS=bias is not None, TRANSPOSED=transposed, OVERLAP=overlap, BLOCK_T=block_t,
         BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=segments.block_r, BLOCK_S=segments.block_s, GROUP=group, PARTS=2,
-        PROGRAMS=programs, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS, **_overlapping(overlap),
+        num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS, **_overlapping(overlap),
     )  # fmt: skip
     return out
 
@@ -349,7 +351,7 @@ def _up(out, skinny, updates, segments, scales, *, dropout):
     """out += scale * mask∘(skinny updates) for updates (stack, columns)."""
     rows, columns = out.shape
     block_t, block_c, warps, stages = _config("up", segments.block_r, out)
-    _segments_up_kernel[(_cdiv(columns, block_c), segments.slots(rows, block_t))](
+    _segments_up_kernel[(_cdiv(columns, block_c) * segments.slots(rows, block_t),)](
         out, skinny, updates, segments.seed, segments.offsets, segments.adapters, segments.ints, scales, rows,
         columns,
         segments.segments, segments.count, skinny.stride(0), updates.stride(0), updates.stride(1),

@@ -84,7 +84,6 @@ def product(members: int, rank_block: int, update: str, transposed: bool, dropou
         "PRODUCTS": members, "HAS_BIAS": transposed, "DROPOUT": dropout, "STACKS": members if dropout else 1,
         "UPDATE": update, "ALIGNED": not transposed, "TRANSPOSED": transposed, "OVERLAP": True, "BLOCK_T": block_t,
         "BLOCK_C": block_c, "BLOCK_K": block_k, "BLOCK_R": rank_block, "GROUP": group, "PARTS": parts,
-        "PROGRAMS": 128,
     }  # fmt: skip
     kernel, registers = lora_linear._lora_product_kernel, lora_linear.PRODUCT_REGISTERS
     return compiled(kernel, types, constants, num_warps=warps, num_stages=stages, maxnreg=registers)
@@ -141,7 +140,6 @@ def segments_product() -> dict[str, int]:
     constants = {
         "SCALED": True, "HAS_BIAS": False, "TRANSPOSED": True, "OVERLAP": True, "BLOCK_T": block_t,
         "BLOCK_C": block_c, "BLOCK_K": block_k, "BLOCK_R": 64, "BLOCK_S": 16, "GROUP": group, "PARTS": 2,
-        "PROGRAMS": 128,
     }  # fmt: skip
     kernel, registers = lora_segments._segments_product_kernel, lora_linear.PRODUCT_REGISTERS
     return compiled(kernel, types, constants, num_warps=warps, num_stages=stages, maxnreg=registers)
