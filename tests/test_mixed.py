@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.harness import captured
 from sensilora import adapters, mixed
 from sensilora.adapters import load_adapter, unload
 from sensilora.errors import AdapterError, OutputExistsError, PlanError, RankError
@@ -558,20 +559,11 @@ def test_a_captured_step_is_replayed_with_other_ids():
         return y, *torch.autograd.grad(y.square().sum(), parameters)
 
     mixed.set_adapter_ids(layer, ["a0", "a1", "a2", BASE])
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay = captured(step)
     for ids in (["a2", "a2", BASE, "a0"], torch.tensor([1, 0, -1, 1], device="cuda"), torch.tensor([2, 2, 2, 2])):
         mixed.set_adapter_ids(layer, ["a0", "a1"])  # another length in between
         mixed.set_adapter_ids(layer, ids)
-        graph.replay()
-        for got, expected in zip(captured, step(), strict=True):
+        for got, expected in zip(replay(), step(), strict=True):
             torch.testing.assert_close(got, expected)
 
 

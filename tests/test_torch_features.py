@@ -15,6 +15,7 @@ import torch._dynamo.testing
 from torch import nn
 from torch.nn.functional import linear
 
+from benchmarks.harness import captured
 from sensilora.adapters import adapter_layers, inject
 from sensilora.errors import BackendError
 from sensilora.nn import VarRankLoRALinear
@@ -199,18 +200,6 @@ class TestCUDAGraph:
     allows.
     """
 
-    def captured(self, step):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = step()
-        return graph, outputs
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("rows", [64, 2304])
     def test_each_replay_draws_a_mask_that_backward_repeats(self, dtype, rows):
@@ -222,11 +211,10 @@ class TestCUDAGraph:
             y = layer(x)
             return y.detach(), *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), upstream)
 
-        graph, outputs = self.captured(step)
+        replay = captured(step)
         seen = []
         for _ in range(3):
-            graph.replay()
-            y, x.grad, layer.lora_A.grad, layer.lora_B.grad = outputs
+            y, x.grad, layer.lora_A.grad, layer.lora_B.grad = replay()
             assert_masks_agree(layer, x, y, upstream, 2e-6 if dtype == torch.float32 else 5e-3)
             seen.append(y.clone())
         assert not torch.equal(seen[0], seen[1])
@@ -250,23 +238,18 @@ class TestCUDAGraph:
             return step
 
         eager = stepper(models[0])
-        graph, loss = self.captured(stepper(models[1]))
+        replay = captured(stepper(models[1]))
         for _ in range(3):
             eager()  # as many as the capture's warm-up took
         for _ in range(3):
-            graph.replay()
-            assert relative_error(loss, eager()) <= 1e-5
+            assert relative_error(replay(), eager()) <= 1e-5
         assert_close(trainable(models[1]), trainable(models[0]), 1e-4)
 
     def test_replays_of_a_training_step_with_dropout_differ(self):
         model = make_llama("cuda", dropout=0.5, attn_implementation="sdpa")
         ids = make_ids("cuda")
-        graph, loss = self.captured(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
-        losses = set()
-        for _ in range(4):
-            graph.replay()
-            losses.add(float(loss))
-        assert len(losses) == 4
+        replay = captured(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+        assert len({float(replay()) for _ in range(4)}) == 4
 
 
 class TestAMP:

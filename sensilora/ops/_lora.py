@@ -117,6 +117,14 @@ def row_count(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
 
+def frozen_gradients(
+    grad: Tensor, x: Tensor, *, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the base layer's weight (out, in) and bias (out,) in x's dtype, each None unless needed."""
+    grad_rows = rows(grad)
+    return grad_rows.T @ rows(x) if need_weight else None, grad_rows.sum(0) if need_bias else None
+
+
 def padded_rank(rank: int) -> int:
     """Columns of the saved h: the rank and zeros up to a multiple of 16, so that kernels read every rank aligned."""
     return -(-rank // 16) * 16

@@ -12,6 +12,7 @@ from sensilora.ops._dropout import dropout, keep_scale, threshold
 from sensilora.ops._lora import (
     cast_for_autocast,
     check_operands,
+    frozen_gradients,
     padded_rank,
     row_count,
     rows,
@@ -201,11 +202,8 @@ def _backward(ctx, grad: Tensor | None, _grad_h):
     grad_x, grad_A, grad_B = _lora_linear_backward(
         grad, x, h, weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, ctx.needs_input_grad[0]
     )
-    grad_weight = grad_bias = None
-    if ctx.needs_input_grad[1]:
-        grad_weight = rows(grad).T @ rows(x)
-    if ctx.needs_input_grad[2]:
-        grad_bias = rows(grad).sum(0)
+    _, need_weight, need_bias, *_ = ctx.needs_input_grad
+    grad_weight, grad_bias = frozen_gradients(grad, x, need_weight=need_weight, need_bias=need_bias)
     return grad_x if ctx.needs_input_grad[0] else None, grad_weight, grad_bias, grad_A, grad_B, None, None, None
 
 

@@ -15,12 +15,14 @@ from sensilora.ops._dropout import dropout, keep_scale, threshold
 from sensilora.ops._lora import (
     cast_for_autocast,
     check_operands,
+    frozen_gradients,
     padded_rank,
     row_count,
     rows,
     seed_tensor,
     unfolded,
 )
+from sensilora.ops.lora_linear import _TRITON_DTYPES
 from sensilora.targets import whole_rank
 
 
@@ -225,7 +227,6 @@ def _triton_backward(
 
 
 _NATIVE_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16})
-_TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _backend.register(
     "lora_segments",
     triton=Implementation(_triton, _TRITON_DTYPES),
@@ -313,12 +314,8 @@ def _backward(ctx, grad: Tensor | None, _grad_h):
         grad, x, h, weight, lora_A, lora_B, ctx.ranks, ctx.scalings, ctx.dropout_ps, offsets, adapters, seed,
         ctx.needs_input_grad[0],
     )  # fmt: skip
-    grad_weight = grad_bias = None
-    grad_rows = rows(grad)
-    if ctx.needs_input_grad[1]:
-        grad_weight = grad_rows.T @ rows(x)
-    if ctx.needs_input_grad[2]:
-        grad_bias = grad_rows.sum(0)
+    _, need_weight, need_bias, *_ = ctx.needs_input_grad
+    grad_weight, grad_bias = frozen_gradients(grad, x, need_weight=need_weight, need_bias=need_bias)
     grad_x = grad_x if ctx.needs_input_grad[0] else None
     return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None, None, None
 

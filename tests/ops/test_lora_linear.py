@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
+from benchmarks.harness import captured
 from sensilora.errors import BackendError
 from sensilora.ops import lora_linear, use_backend
 from sensilora.ops._dropout import keep_mask, keep_scale
@@ -275,19 +276,11 @@ def test_cuda_graph_replays_with_new_inputs_and_seed(name, dtype):
         return y, *_lora_linear_backward(grad, x, h, weight, lora_A, lora_B, 0.7, 0.3, seed, True)
 
     with use_backend(name):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()  # compiles kernels and makes cuBLAS's workspace
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run()
+        replay = captured(run)
         for key in (2, 3):
             seed.fill_(key)
             x.copy_(torch.randn(70, 64))
-            graph.replay()
-            assert all(torch.equal(*pair) for pair in zip(captured, run(), strict=True))
+            assert all(torch.equal(*pair) for pair in zip(replay(), run(), strict=True))
 
 
 @pytest.mark.gpu

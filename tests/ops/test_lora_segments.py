@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
 
+from benchmarks.harness import captured
 from sensilora.errors import BackendError
 from sensilora.ops import lora_linear, lora_segments, use_backend
 from sensilora.ops._dropout import keep_mask, keep_scale
@@ -464,21 +465,13 @@ def test_a_captured_graph_is_replayed_with_other_segments():
         y = lora_segments(*tensors, ranks, scales(ranks), *segments, dropout_ps=ps, seed=seed)
         return y, *torch.autograd.grad(y, wanted, upstream)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay = captured(step)
     for offsets, adapters in (([0, 1, 30, 38], [2, -1, 1]), ([0, 0, 40, 40], [0, 1, 0])):
         for tensor, values in zip(segments, (offsets, adapters), strict=True):
             tensor.copy_(torch.tensor(values))
-        graph.replay()
+        got = replay()
         expected = oracle(tensors, upstream, ranks, scales(ranks), offsets, adapters, ps, seed=5)
-        for name, value, reference in zip(NAMES, captured, expected, strict=True):
+        for name, value, reference in zip(NAMES, got, expected, strict=True):
             assert relative_error(value, reference) <= 1e-5, name
 
 
