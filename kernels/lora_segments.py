@@ -38,6 +38,8 @@ from sensilora.kernels.lora_linear import (
 )
 
 MAX_BLOCK_RANK = 64
+# Ranks that are treated as few: read in a block of their own size, and in the product fetched before a tile's sum.
+FIRST_RANKS = tl.constexpr(16)
 
 
 @triton.jit
@@ -77,6 +79,35 @@ def _stretch(offsets, adapters, ints, segments, count, rows, slot, BLOCK_T: tl.c
     return first_row, tl.maximum(begin, first_row), tl.minimum(end, first_row + BLOCK_T), adapter, first, rank
 
 
+@triton.jit
+def _down_stretch(
+    x, matrix, h, key, threshold, scale, rows_inside, first_row, in_features, first, rank, first_r, stride_r, stride_k,
+    h_stride,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """h = scale * drop(x) Aᵀ for the rows inside and BLOCK_R ranks of one adapter, from first_r on."""
+    t = first_row + tl.arange(0, BLOCK_T)
+    r = first_r + tl.arange(0, BLOCK_R)
+    inside_r = r < rank
+    a_rows = matrix + (first + r).to(tl.int64) * stride_r
+    total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    for first_k in range(0, in_features, BLOCK_K):
+        k = first_k + tl.arange(0, BLOCK_K)
+        inside_x, inside_a = rows_inside[:, None], inside_r[None, :]
+        if not EVEN_K:
+            inside_x = inside_x & (k < in_features)[None, :]
+            inside_a = inside_a & (k < in_features)[:, None]
+        x_tile = tl.load(x + t[:, None] * in_features + k[None, :], mask=inside_x, other=0.0)
+        if DROPOUT:
+            kept = keep_mask(key, first_row, first_k, threshold, BLOCK_T, BLOCK_K)
+            x_tile = tl.where(kept, x_tile, 0.0)
+        a_tile = tl.load(a_rows[None, :] + k[:, None].to(tl.int64) * stride_k, mask=inside_a, other=0.0)
+        total = tl.dot(x_tile, a_tile.to(x_tile.dtype), total, input_precision=PRECISION)
+    h_tile = h + t[:, None] * h_stride + r[None, :]
+    tl.store(h_tile, (total * scale).to(h.dtype.element_ty), mask=rows_inside[:, None] & inside_r[None, :])
+
+
 @triton.jit(do_not_specialize=["segments", "count"])
 def _segments_down_kernel(
     x, matrix, h, seed, offsets, adapters, ints, scales, rows, in_features, segments, count, stride_r, stride_k,
@@ -92,30 +123,32 @@ def _segments_down_kernel(
         offsets, adapters, ints, segments, count, rows, slot, BLOCK_T, BLOCK_S
     )
     t = first_row + tl.arange(0, BLOCK_T)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside_t, inside_r = (t >= begin) & (t < end), r < rank
-    empty = (begin >= end) | (tl.program_id(1) * BLOCK_R >= rank)
-    a_rows = matrix + (first + r).to(tl.int64) * stride_r
+    rows_inside = (t >= begin) & (t < end)
+    first_r = tl.program_id(1) * BLOCK_R
+    key, threshold = 0, 0
     if DROPOUT:
         key, threshold = tl.load(seed), tl.load(ints + 3 * adapter + 2)
-    total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-    for first_k in range(0, tl.where(empty, 0, in_features), BLOCK_K):
-        k = first_k + tl.arange(0, BLOCK_K)
-        inside_x, inside_a = inside_t[:, None], inside_r[None, :]
-        if not EVEN_K:
-            inside_x = inside_x & (k < in_features)[None, :]
-            inside_a = inside_a & (k < in_features)[:, None]
-        x_tile = tl.load(x + t[:, None] * in_features + k[None, :], mask=inside_x, other=0.0)
-        if DROPOUT:
-            kept = keep_mask(key, first_row, first_k, threshold, BLOCK_T, BLOCK_K)
-            x_tile = tl.where(kept, x_tile, 0.0)
-        a_tile = tl.load(a_rows[None, :] + k[:, None].to(tl.int64) * stride_k, mask=inside_a, other=0.0)
-        total = tl.dot(x_tile, a_tile.to(x_tile.dtype), total, input_precision=PRECISION)
     scale = tl.load(scales + 2 * adapter)
-    h_tile = h + t[:, None] * h_stride + r[None, :]
-    tl.store(h_tile, (scale * total).to(h.dtype.element_ty), mask=inside_t[:, None] & inside_r[None, :])
+    if (begin < end) & (first_r < rank):
+        # A small adapter among large ones is not read as one of them.
+        if rank <= FIRST_RANKS:
+            _down_stretch(
+                x, matrix, h, key, threshold, scale, rows_inside, first_row, in_features, first, rank, first_r,
+                stride_r, stride_k, h_stride, DROPOUT, EVEN_K, PRECISION, BLOCK_T, BLOCK_K, FIRST_RANKS,
+            )  # fmt: skip
+        else:
+            _down_stretch(
+                x, matrix, h, key, threshold, scale, rows_inside, first_row, in_features, first, rank, first_r,
+                stride_r, stride_k, h_stride, DROPOUT, EVEN_K, PRECISION, BLOCK_T, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
     if OVERLAP:
         _finish_after_previous()
+
+
+@triton.jit
+def _skinny_rows(skinny, skinny_stride, t, r, begin, end, rank):
+    inside = ((t >= begin) & (t < end))[:, None] & (r < rank)[None, :]
+    return tl.load(skinny + t.to(tl.int64)[:, None] * skinny_stride + r[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -123,11 +156,9 @@ def _segment_operands(
     skinny, skinny_stride, matrix, stride_r, stride_c, t, c, r, columns, begin, end, first, rank
 ):  # fmt: skip
     """The rows of skinny that a segment has in a tile, and its columns of the matrix."""
-    inside_r = r < rank
-    left_inside = ((t >= begin) & (t < end))[:, None] & inside_r[None, :]
-    left = tl.load(skinny + t.to(tl.int64)[:, None] * skinny_stride + r[None, :], mask=left_inside, other=0.0)
+    left = _skinny_rows(skinny, skinny_stride, t, r, begin, end, rank)
     pointers = matrix + (first + r).to(tl.int64)[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c
-    right = tl.load(pointers, mask=inside_r[:, None] & (c < columns)[None, :], other=0.0)
+    right = tl.load(pointers, mask=(r < rank)[:, None] & (c < columns)[None, :], other=0.0)
     return left, right
 
 
@@ -156,7 +187,7 @@ def _segments_product_kernel(
     tiles_t, tiles_c = tl.cdiv(rows, BLOCK_T), tl.cdiv(columns, BLOCK_C)
     dtype: tl.constexpr = skinny.dtype.element_ty
     starts = _starts(offsets, segments, rows, BLOCK_S)
-    r = tl.arange(0, BLOCK_R)
+    r, few = tl.arange(0, BLOCK_R), tl.arange(0, FIRST_RANKS)
     programs = tl.num_programs(0)
     for tile in range(tl.program_id(0), tiles_t * tiles_c, programs):
         tile_t, tile_c = _tile_order(tile, tiles_t, tiles_c, GROUP)
@@ -169,17 +200,21 @@ def _segments_product_kernel(
         scale = 1.0
         if SCALED:
             scale = tl.load(scales + 2 * adapter)
+        # Except for the first tile skinny is there, and the latency of what most segments need hides behind the sum.
+        waited = tile >= programs
+        skinny_tile, update_tile = _segment_operands(
+            skinny, skinny_stride, updates, update_stride_r, update_stride_c, t, c, few, columns, begin,
+            tl.where(waited, end, begin), first, rank,
+        )  # fmt: skip
         total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
         total = _accumulate(total, left, matrix, first_t, first_c, reduced, TRANSPOSED, BLOCK_K)
-        if OVERLAP and tile < programs:
-            gdc_wait()
-            gdc_launch_dependents()
-        skinny_tile, update_tile = _segment_operands(
-            skinny, skinny_stride, updates, update_stride_r, update_stride_c, t, c, r, columns, begin, end, first,
-            rank
-        )  # fmt: skip
+        if not waited:
+            if OVERLAP:
+                gdc_wait()
+                gdc_launch_dependents()
+            skinny_tile = _skinny_rows(skinny, skinny_stride, t, few, begin, end, rank)
         total = tl.dot(skinny_tile, (scale * update_tile).to(dtype), total)
-        first_r = BLOCK_R
+        first_r = tl.full((), FIRST_RANKS, tl.int32)
         while (j < last - 1) | (first_r < rank):
             if first_r >= rank:
                 j += 1
@@ -187,11 +222,11 @@ def _segments_product_kernel(
                 begin, end, adapter, first, rank = _segment(offsets, adapters, ints, segments, count, rows, j)
                 if SCALED:
                     scale = tl.load(scales + 2 * adapter)
-            skinny_tile, update_tile = _segment_operands(
+            more_skinny, more_updates = _segment_operands(
                 skinny + first_r, skinny_stride, updates, update_stride_r, update_stride_c, t, c, r, columns, begin,
                 end, first + first_r, rank - first_r,
             )  # fmt: skip
-            total = tl.dot(skinny_tile, (scale * update_tile).to(dtype), total)
+            total = tl.dot(more_skinny, (scale * more_updates).to(dtype), total)
             first_r += BLOCK_R
         if HAS_BIAS:
             total += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]

@@ -145,6 +145,21 @@ def segments_product() -> dict[str, int]:
     return compiled(kernel, types, constants, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
+def segments_down(block_r: int, dropout: bool = False) -> dict[str, int]:
+    block_t, block_k, warps, stages = lora_linear.CONFIGS["down_beside"][block_r]
+    types = {
+        "x": "*bf16", "matrix": "*bf16", "h": "*bf16", "seed": "*i64" if dropout else None, "offsets": "*i64",
+        "adapters": "*i64", "ints": "*i32", "scales": "*fp32",
+        **dict.fromkeys(("rows", "in_features", "stride_r", "h_stride"), "i32"), "stride_k": "1",
+        "segments": "i32 any", "count": "i32 any",
+    }  # fmt: skip
+    constants = {
+        "DROPOUT": dropout, "EVEN_K": True, "PRECISION": "ieee", "OVERLAP": True, "BLOCK_T": block_t,
+        "BLOCK_K": block_k, "BLOCK_R": block_r, "BLOCK_S": 16,
+    }  # fmt: skip
+    return compiled(lora_segments._segments_down_kernel, types, constants, num_warps=warps, num_stages=stages)
+
+
 CASES = {
     "reduce of sizes of one": lambda: reduce("1"),
     "reduce of other sizes": lambda: reduce("i32 any"),
@@ -153,6 +168,7 @@ CASES = {
     "product late 64": lambda: product(3, 64, "late", transposed=False),
     "product dropout 16": lambda: product(1, 16, "parts", transposed=False, dropout=True),
     "segments product": segments_product,
+    "segments down 64": lambda: segments_down(64),
     "down_beside 16": lambda: down("down_beside", 16, 1),
     "down_beside 16 dropout": lambda: down("down_beside", 16, 1, dropout=True),
     "down_beside 64": lambda: down("down_beside", 64, 3),
