@@ -9,7 +9,7 @@ import torch
 from benchmarks.harness import Case, Cases, relative_error
 from sensilora import use_backend
 from sensilora.ops import fisher_diag
-from sensilora.ops.fisher_diag import MODES
+from sensilora.ops.fisher_diag import CONVENTIONS
 
 # (sequences, positions, in, out)
 SHAPES = {"cpu": [(16, 64, 384, 384), (16, 64, 384, 1536), (16, 128, 1536, 384)], "cuda": [(16, 512, 4096, 4096)]}
@@ -22,7 +22,7 @@ def cases(device: str) -> Cases:
         f"{prefix}fisher/{mode}/{shape[2]}x{shape[3]}/n{shape[0]}_t{shape[1]}/{str(dtype).removeprefix('torch.')}": (
             partial(_case, device, mode, shape, dtype)
         )
-        for mode in MODES
+        for mode in CONVENTIONS
         for shape in SHAPES[device]
         for dtype in DTYPES[device]
     }

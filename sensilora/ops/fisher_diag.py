@@ -10,7 +10,9 @@ from torch import Tensor
 from sensilora.ops import _backend
 from sensilora.ops._backend import Implementation, accumulator_dtype
 
-MODES = ("per_sequence", "per_position")
+#: What the kernels compute.
+CONVENTIONS = ("per_sequence", "per_position")
+MODES = (*CONVENTIONS, "per_loss_term")
 
 
 def fisher_diag(
@@ -27,15 +29,19 @@ def fisher_diag(
     sum-reduced loss at the layer's output:
 
     - ``per_sequence``: Σ_n (G_nᵀ X_n)², squared after the sum over positions;
-    - ``per_position``: Σ_n (G_n∘G_n)ᵀ (X_n∘X_n), which drops the terms between positions.
+    - ``per_position``: Σ_n (G_n∘G_n)ᵀ (X_n∘X_n), which drops the terms between positions;
+    - ``per_loss_term``: Σ_l Σ_n (G_{l,n}ᵀ X_n)², with G_{l,n} the gradient of sequence n's l-th term alone
+      (curvlinops' convention, where each label of a language model is a datum). The same as ``per_sequence`` on every
+      term in turn, and as many products.
 
     The Fisher diagonal of Sensitivity-LoRA's metrics is this sum divided by the number of sequences
     (squares and sums in fp32 at least: squares of fp16 gradients underflow).
 
     Args:
         x: (N, T, in_features), or packed sequences (tokens, in_features); fp64, fp32, bf16 or fp16.
-        grad_output: like `x` with out_features last.
-        mode: ``"per_sequence"`` or ``"per_position"``.
+        grad_output: like `x` with out_features last; for ``per_loss_term`` with the terms as one more dimension, the
+            first: (L, N, T, out_features) or (L, tokens, out_features), zero where a sequence has fewer than L terms.
+        mode: ``"per_sequence"``, ``"per_position"`` or ``"per_loss_term"``.
         lengths: (N,) integers. Packed input: the sequences' lengths in order, summing to tokens (without it, one
             sequence). Padded input: how many leading positions of each row count (without it, all).
             Best kept on the CPU: a CUDA tensor costs a synchronisation.
@@ -51,6 +57,8 @@ def fisher_diag(
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    if mode == "per_loss_term":
+        return _per_loss_term(x, grad_output, lengths, out)
     if x.dim() not in (2, 3) or x.shape[:-1] != grad_output.shape[:-1]:
         raise ValueError(
             "x and grad_output must be (N, T, features) or (tokens, features) and agree in all but the last size, "
@@ -67,6 +75,21 @@ def fisher_diag(
     if out.shape != shape or out.dtype not in (torch.float32, torch.float64) or not out.is_contiguous():
         raise ValueError(f"out must be contiguous fp32 or fp64 of shape {shape}, not {out.dtype} {tuple(out.shape)}")
     _fisher_diag_(x.detach(), grad_output.detach(), lengths, mode, out)
+    return out
+
+
+def _per_loss_term(x: Tensor, grad_output: Tensor, lengths: Tensor | list[int] | None, out: Tensor | None) -> Tensor:
+    if grad_output.dim() != x.dim() + 1:
+        raise ValueError(
+            "per_loss_term takes grad_output (L, N, T, out) for x (N, T, in), or (L, tokens, out) for (tokens, in), "
+            f"not {tuple(grad_output.shape)} for {tuple(x.shape)}"
+        )
+    if out is None:
+        dtype = accumulator_dtype(torch.promote_types(x.dtype, grad_output.dtype))
+        zero = torch.zeros(grad_output.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
+        return sum((fisher_diag(x, term, lengths=lengths) for term in grad_output), zero)
+    for term in grad_output:
+        fisher_diag(x, term, lengths=lengths, out=out)
     return out
 
 
@@ -107,7 +130,7 @@ def _reference(
 
 
 def _native(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, out: Tensor, accumulate: bool) -> None:
-    torch.ops.sensilora_C.fisher_diag(x, grad_output, lengths, MODES.index(convention), out, accumulate)
+    torch.ops.sensilora_C.fisher_diag(x, grad_output, lengths, CONVENTIONS.index(convention), out, accumulate)
 
 
 _backend.register("fisher_diag", native=Implementation(_native), torch=Implementation(_reference))

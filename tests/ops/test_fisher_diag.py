@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sensilora.errors import BackendError
 from sensilora.ops import fisher_diag, use_backend
-from sensilora.ops.fisher_diag import MODES, _fisher_diag, _fisher_diag_
+from sensilora.ops.fisher_diag import CONVENTIONS, _fisher_diag, _fisher_diag_
 from tests.tolerances import ACCUMULATED, relative_error
 
 OP = "fisher_diag"
@@ -30,7 +30,7 @@ def oracle(x, g, mode, lengths):
     return total
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CONVENTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 5, 7, 9), (2, 17, 33, 65), (4, 1, 30, 40)])
 def test_matches_oracle(on_backend, device, mode, dtype, sizes, poisoned_empty):
@@ -57,7 +57,7 @@ def test_is_the_squared_gradient_of_each_sequence():
     torch.testing.assert_close(fisher_diag(x, g), expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CONVENTIONS)
 def test_lengths_padded_and_packed_agree(on_backend, device, mode):
     lengths = [3, 0, 5, 1]
     x, g = torch.randn(4, 5, 6, device=device), torch.randn(4, 5, 2, device=device)
@@ -80,7 +80,7 @@ def test_packed_without_lengths_is_one_sequence(on_backend, device):
         assert relative_error(fisher_diag(x, g), oracle(x, g, "per_sequence", [8])) <= 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CONVENTIONS)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float64])
 def test_out_accumulates(on_backend, device, mode, out_dtype):
     x, g = torch.randn(4, 5, 6, device=device), torch.randn(4, 5, 3, device=device)
@@ -91,7 +91,7 @@ def test_out_accumulates(on_backend, device, mode, out_dtype):
     assert relative_error(out, oracle(x.flatten(0, 1), g.flatten(0, 1), mode, [5] * 4)) <= 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CONVENTIONS)
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
 def test_empty(on_backend, device, mode, shape, poisoned_empty):
     with on_backend(OP, torch.float32):
@@ -99,7 +99,7 @@ def test_empty(on_backend, device, mode, shape, poisoned_empty):
     assert torch.equal(got.cpu(), torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CONVENTIONS)
 def test_strided_inputs(on_backend, device, mode):
     x = torch.randn(5, 4, 12, device=device).transpose(0, 1)[..., ::2]
     g = torch.randn(4, 1, 3, device=device).expand(4, 5, 3)
@@ -125,7 +125,7 @@ def test_mixed_dtypes_are_promoted(device):
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
     features=st.tuples(st.integers(1, 70), st.integers(1, 70)),
-    mode=st.sampled_from(MODES),
+    mode=st.sampled_from(CONVENTIONS),
     seed=st.integers(0, 10**6),
 )
 def test_native_agrees_on_any_shape(lengths, features, mode, seed):
@@ -142,14 +142,53 @@ def test_native_agrees_on_any_shape(lengths, features, mode, seed):
     assert relative_error(got, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CONVENTIONS)
 def test_gradients(mode):
     x = torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True)
     g = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, g: fisher_diag(x, g, mode=mode, lengths=[4, 2, 0]), (x, g))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32, torch.float64])
+def test_loss_terms_are_squared_one_by_one(on_backend, device, packed, out_dtype):
+    """Of the loss Σ_t ℓ_t, term t has a gradient of its own at every position; sequences differ in length."""
+    lengths = [4, 2, 3]
+    x, g = torch.randn(sum(lengths), 5), torch.randn(6, sum(lengths), 3)
+    expected = sum(oracle(x, term, "per_sequence", lengths) for term in g)
+    if packed:
+        arguments = (x, g)
+    else:
+        nan = float("nan")
+        arguments = (torch.full((3, 4, 5), nan), torch.full((6, 3, 4, 3), nan))
+        counted = torch.arange(4) < torch.tensor(lengths).unsqueeze(1)
+        arguments[0][counted] = x
+        arguments[1][:, counted] = g
+    x, g = (tensor.to(device) for tensor in arguments)
+    out = None if out_dtype is None else torch.ones(3, 5, dtype=out_dtype, device=device)
+    with on_backend(OP, torch.float32):
+        got = fisher_diag(x, g, mode="per_loss_term", lengths=lengths, out=out)
+    assert got is out or out is None
+    assert relative_error(got if out is None else got - 1, expected) <= 1e-5
+
+
+def test_no_loss_term_is_zero():
+    got = fisher_diag(torch.ones(2, 3, dtype=torch.float64), torch.ones(0, 2, 4), mode="per_loss_term")
+    assert got.dtype == torch.float64
+    assert torch.equal(got, torch.zeros(4, 3, dtype=torch.float64))
+
+
+def test_gradients_of_loss_terms():
+    x = torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(2, 3, 4, 2, dtype=torch.float64, requires_grad=True)
+
+    def summed(x, g):
+        return fisher_diag(x, g, mode="per_loss_term", lengths=[4, 2, 0])
+
+    assert torch.autograd.gradcheck(summed, (x, g))
+
+
+@pytest.mark.parametrize("mode", CONVENTIONS)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(device, mode, requires_grad):
     x = torch.randn(7, 3, device=device, requires_grad=requires_grad)
@@ -166,6 +205,7 @@ def test_opcheck(device, mode, requires_grad):
         ((torch.ones(2, 3), torch.ones(3, 3)), {}, "agree in all but the last size"),
         ((torch.ones(3), torch.ones(3)), {}, "agree in all but the last size"),
         ((torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64)), {}, "floating-point"),
+        ((torch.ones(2, 3), torch.ones(2, 4)), {"mode": "per_loss_term"}, r"per_loss_term takes .* not \(2, 4\)"),
         ((torch.ones(2, 3), torch.ones(2, 4)), {"lengths": [3]}, "lengths sum to 3 but there are 2"),
         ((torch.ones(2, 3), torch.ones(2, 4)), {"lengths": [3, -1]}, "non-negative"),
         ((torch.ones(1, 2, 3), torch.ones(1, 2, 4)), {"lengths": [3]}, "at most 2"),
