@@ -1,13 +1,14 @@
 """The Fisher estimator: squared gradients of each sequence's own loss, without ever forming a weight gradient.
 
 For one linear layer and sequence n with inputs X_n and output gradients G_n, the diagonal is (1/N) Σ_n (G_nᵀX_n)²
-("per_sequence") or (1/N) Σ_n (G_n∘G_n)ᵀ(X_n∘X_n) ("per_position").
+("per_sequence") or (1/N) Σ_n (G_n∘G_n)ᵀ(X_n∘X_n) ("per_position"). "per_loss_term" is "per_sequence" on each term of
+the losses in turn, all sequences side by side.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from sensilora.sensitivity.capture import (
     rows_of,
     wrapped_forwards,
 )
+from sensilora.sensitivity.estimator import Estimator
 from sensilora.sensitivity.losses import Likelihood, likelihood
 
 #: loss_fn(outputs, batch): the loss summed (not averaged) over the batch's sequences.
@@ -80,8 +82,11 @@ class _Calls:
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
-class FisherEstimator:
-    """Sums squared per-sequence gradients of each matrix, by one forward and `draws` backward passes a batch."""
+class FisherEstimator(Estimator):
+    """Sums squared per-sequence gradients of each matrix, by one forward and `draws` backward passes a batch.
+
+    "per_loss_term" takes a backward pass for each term of the longest sequence's loss, times `draws`.
+    """
 
     def __init__(
         self,
@@ -96,11 +101,9 @@ class FisherEstimator:
         loss_fn: LossFunction | None,
         shift_labels: bool | None,
     ) -> None:
-        self.model, self.modules, self.matrices = model, modules, matrices
+        super().__init__(model, modules, matrices)
         self.mode, self.labels, self.draws, self.seed = mode, labels, draws, seed
         self.loss_fn, self.shift_labels = loss_fn, shift_labels
-        self.batch: Batch | None = None
-        self.batches = self.tokens = self.sequences = 0
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
         self._scale = _FP16_LOSS_SCALE if half else 1.0
         self._anchor = torch.zeros((), requires_grad=True)
@@ -142,7 +145,9 @@ class FisherEstimator:
         calls.parts.clear()
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         out = matrix.accumulator(x, matrix.shape, dtype)
-        ops.fisher_diag(x, grad_output, mode=self.mode, lengths=lengths, out=out)
+        # A backward pass of "per_loss_term" is of one term a sequence.
+        convention = "per_position" if self.mode == "per_position" else "per_sequence"
+        ops.fisher_diag(x, grad_output, mode=convention, lengths=lengths, out=out)
 
     def observe(self, batch: Batch) -> None:
         self.batch = batch
@@ -151,15 +156,18 @@ class FisherEstimator:
             self._counting = True
             outputs = self.model(**batch.inputs)
             self._counting = False
+            passes = self.draws
             if self.loss_fn is not None:
                 sequences, losses = batch.size, iter([own_loss(self.loss_fn, outputs, batch)])
             else:
                 found = self._likelihood(outputs, batch)
-                sequences, losses = found.sequences, self._losses(found, batch)
+                terms = range(found.most_terms) if self.mode == "per_loss_term" else [None]
+                sequences, losses = found.sequences, self._losses(found, batch, terms)
+                passes *= len(terms)
             del outputs
             if sequences:
-                for draw, loss in enumerate(losses):
-                    self._backward(loss, batch, keep=draw + 1 < self.draws)
+                for done, loss in enumerate(losses, 1):
+                    self._backward(loss, batch, keep=done < passes)
         self.batches += 1
         self.tokens += batch.streams[0].tokens if batch.streams else batch.size
         self.sequences += sequences
@@ -173,10 +181,11 @@ class FisherEstimator:
             require_labels(batch)
         return likelihood(self.model, outputs, batch, self.shift_labels)
 
-    def _losses(self, found: Likelihood, batch: Batch) -> Iterator[Tensor]:
+    def _losses(self, found: Likelihood, batch: Batch, terms: Sequence[int | None]) -> Iterator[Tensor]:
+        """What is differentiated one by one: for each draw of labels each term, or all of them (None)."""
         if self.labels == "data":
             assert found.labels is not None
-            yield found.loss(found.labels)
+            yield from (found.loss(found.labels, term) for term in terms)
             return
         if not bool(found.logits.logsumexp(-1).isfinite().all()):
             raise_non_finite(self.model, self.modules, batch, "the model's output")
@@ -185,7 +194,8 @@ class FisherEstimator:
         if generator is None:
             generator = self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         for _ in range(self.draws):
-            yield found.loss(found.sample(generator))
+            labels = found.sample(generator)
+            yield from (found.loss(labels, term) for term in terms)
 
     def _backward(self, loss: Tensor, batch: Batch, *, keep: bool) -> None:
         if not bool(loss.isfinite()):
@@ -215,6 +225,10 @@ class FisherEstimator:
             # It ran, but the loss does not depend on it.
             return torch.zeros(matrix.shape)
         return matrix.diagonal * self._scale**-2 / (self.sequences * self.draws)
+
+    def accumulator(self, matrix: Matrix) -> tuple[tuple[int, ...], torch.dtype]:
+        weight = self.modules[matrix.name].get_parameter("weight")
+        return matrix.shape, torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def own_loss(loss_fn: LossFunction, outputs: Any, batch: Batch) -> Tensor:

@@ -28,20 +28,38 @@ class Likelihood(NamedTuple):
         logits: (rows, C), fp32 at least; only rows that count.
         labels: (rows,) int64 for "categorical", else (rows, C); None where the batch has none.
         sequences: how many sequences have a row that counts.
+        terms: (rows,) int64, the place of each row among those of its sequence, from 0; None where each has one.
     """
 
     family: Literal["categorical", "bernoulli", "gaussian"]
     logits: Tensor
     labels: Tensor | None
     sequences: int
+    terms: Tensor | None = None
 
-    def loss(self, labels: Tensor) -> Tensor:
-        """Negative log-likelihood of `labels`, summed (without the gaussian's constant)."""
+    @property
+    def most_terms(self) -> int:
+        """The most loss terms that a sequence has."""
+        if self.terms is None:
+            return min(len(self.logits), 1)
+        return int(self.terms.max()) + 1 if len(self.terms) else 0
+
+    def loss(self, labels: Tensor, term: int | None = None) -> Tensor:
+        """Negative log-likelihood of `labels`, summed (without the gaussian's constant).
+
+        Args:
+            labels: as the attribute.
+            term: sum only what stands at this place of its sequence; None: everything.
+        """
+        logits = self.logits
+        if term is not None and self.terms is not None:
+            chosen = self.terms == term
+            logits, labels = logits[chosen], labels[chosen]
         if self.family == "categorical":
-            return F.cross_entropy(self.logits, labels, reduction="sum")
+            return F.cross_entropy(logits, labels, reduction="sum")
         if self.family == "bernoulli":
-            return F.binary_cross_entropy_with_logits(self.logits, labels, reduction="sum")
-        return 0.5 * (self.logits - labels).square().sum()
+            return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        return 0.5 * (logits - labels).square().sum()
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> Tensor:
@@ -132,6 +150,7 @@ def _of_tokens(logits: Tensor, batch: Batch, shift: bool) -> Likelihood:
         _at_least_fp32(logits[counted]),
         None if labels is None else labels[counted].long(),
         int(counted.any(1).sum()),
+        (counted.cumsum(1) - 1)[counted],
     )
 
 
