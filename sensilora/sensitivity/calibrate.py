@@ -15,19 +15,30 @@ import sensilora
 from sensilora import ops
 from sensilora.errors import CalibrationError, NonFiniteError, TargetError
 from sensilora.ops.fisher_diag import MODES
-from sensilora.sensitivity.activation import ActivationEstimator
+from sensilora.sensitivity.activation import MAX_DAMPING, ActivationEstimator
 from sensilora.sensitivity.batches import Batch, progress_bar
 from sensilora.sensitivity.capture import Matrix, frozen, group_tied, wrapped_forwards
+from sensilora.sensitivity.estimator import Estimator
 from sensilora.sensitivity.fisher import FisherEstimator, LossFunction
 from sensilora.sensitivity.head import untrained_heads, warmed_head
-from sensilora.sensitivity.report import EstimatorName, LabelSource, MatrixSensitivity, Mode, SensitivityReport
+from sensilora.sensitivity.report import (
+    EstimatorName,
+    LabelSource,
+    MatrixSensitivity,
+    Mode,
+    SensitivityReport,
+    Variant,
+)
 from sensilora.targets import Targets, find_targets, fingerprint, model_id, stacked_experts, unwrapped
 
-ESTIMATORS = ("activation", "fisher")
+# By name: the class, and which of `calibrate`'s arguments it takes.
+_ESTIMATORS: dict[str, tuple[type[Estimator], tuple[str, ...]]] = {
+    "activation": (ActivationEstimator, ("variant", "block_size", "damping")),
+    "fisher": (FisherEstimator, ("mode", "labels", "draws", "seed", "loss_fn", "shift_labels")),
+}
+ESTIMATORS = tuple(_ESTIMATORS)
 LABELS = ("data", "model")
-
-Estimator = ActivationEstimator | FisherEstimator
-
+VARIANTS = ("diagonal", "inverse")
 
 def calibrate(
     model: nn.Module,
@@ -35,6 +46,9 @@ def calibrate(
     *,
     estimator: EstimatorName = "activation",
     targets: Targets = "all-linear",
+    variant: Variant = "diagonal",
+    block_size: int = 128,
+    damping: float = 0.01,
     mode: Mode = "per_sequence",
     labels: LabelSource = "data",
     draws: int = 1,
@@ -52,7 +66,9 @@ def calibrate(
     rank (Sensitivity-LoRA, Zhang et al. 2025, arXiv 2509.09119, eqs. 8 to 10).
 
     - "activation": diag(Σ_t x_t x_tᵀ) / tokens, in_features values, by forward passes alone (section 4.6). Needs no
-      labels; matrices that read the same input get the same numbers.
+      labels; matrices that read the same input get the same numbers. With ``variant="inverse"`` (appendix E) the
+      values are 1 / diag((H + δI)⁻¹) of H = Σ_t x_t x_tᵀ / tokens, what is left of each input's mean square when the
+      other inputs of its block of features have explained what they can.
     - "fisher": the squared gradient of each sequence's own summed loss, averaged over sequences, out · in values.
       "per_sequence" squares after the sum over positions, (1/N) Σ_n (G_nᵀX_n)²; "per_position" before it,
       (1/N) Σ_n (G_n∘G_n)ᵀ(X_n∘X_n), where each call of a module is a position of its own.
@@ -71,6 +87,11 @@ def calibrate(
             inputs from them.
         estimator: "activation" or "fisher".
         targets: which modules, see `sensilora.targets.find_targets`.
+        variant: of "activation": "diagonal" or "inverse", which keeps 8 · in_features · block_size bytes a matrix.
+        block_size: of "inverse": features a block; the last block may be smaller.
+        damping: of "inverse", in (0, 1]: δ as a fraction of the mean of a block's diagonal over its inputs that are
+            not always 0 (GPTQ's ``percdamp``). Where a Cholesky factorisation fails, 10 times as much, up to 1; the
+            report says what each matrix took.
         mode: how Fisher squares.
         labels: Fisher's labels: "data" (empirical Fisher) or "model" (sampled from the model's own distribution; in
             expectation the Gauss-Newton diagonal). Without labels in the batch, all that is not padding counts.
@@ -99,7 +120,23 @@ def calibrate(
         UserWarning: Fisher on a classification head that looks newly initialised, without `head_warmup_steps`; or
             `targets` is "all-linear" and the model has experts that are no linear modules, and so are left out.
     """
+    # What the numbers depend on, besides the model and the data.
+    arguments: dict[str, Any] = {
+        "variant": variant,
+        "block_size": block_size,
+        "damping": damping,
+        "mode": mode,
+        "labels": labels,
+        "draws": draws,
+        "seed": seed,
+        "k": k,
+        "alpha": alpha,
+        "loss_fn": loss_fn,
+        "shift_labels": shift_labels,
+        "head_warmup_steps": head_warmup_steps,
+    }
     _check_arguments(estimator, mode, labels, draws, k, alpha, loss_fn, head_warmup_steps)
+    _check_variant(estimator, variant, block_size, damping)
     model = unwrapped(model)
     modules = find_targets(model, targets)
     matrices = group_tied(modules)
@@ -112,22 +149,10 @@ def calibrate(
         )
     if head_warmup_steps and isinstance(batches, Iterator):
         batches = list(batches)
-    observer: Estimator
-    if estimator == "activation":
-        observer = ActivationEstimator(model, modules, matrices)
-    else:
+    if estimator != "activation":
         _warn_of_untrained_head(model, head_warmup_steps)
-        observer = FisherEstimator(
-            model,
-            modules,
-            matrices,
-            mode=mode,
-            labels=labels,
-            draws=draws,
-            seed=seed,
-            loss_fn=loss_fn,
-            shift_labels=shift_labels,
-        )
+    kind, options = _ESTIMATORS[estimator]
+    observer = kind(model, modules, matrices, **{name: arguments[name] for name in options})
     warmed = warmed_head(
         model,
         batches,
@@ -148,6 +173,9 @@ def calibrate(
         measured = {matrix.name: _measure(observer, matrix, k, alpha) for matrix in _distinct(matrices)}
     return SensitivityReport(
         estimator=estimator,
+        variant=variant,
+        block_size=block_size if variant == "inverse" else None,
+        damping=damping if variant == "inverse" else None,
         mode=mode if estimator == "fisher" else None,
         labels=labels if estimator == "fisher" else None,
         draws=draws if estimator == "fisher" else 1,
@@ -193,6 +221,17 @@ def _check_arguments(
         raise CalibrationError("the activation estimator reads no labels and no loss; leave labels and loss_fn out")
     if head_warmup_steps < 0 or (head_warmup_steps and estimator != "fisher"):
         raise CalibrationError(f"head_warmup_steps={head_warmup_steps}: it must be 0, or positive with 'fisher'")
+
+
+def _check_variant(estimator: str, variant: str, block_size: int, damping: float) -> None:
+    if variant not in VARIANTS:
+        raise CalibrationError(f"variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
+    if variant != "diagonal" and estimator != "activation":
+        raise CalibrationError(f"variant={variant!r} is for 'activation' only; leave it out with {estimator!r}")
+    if block_size < 1:
+        raise CalibrationError(f"block_size must be at least 1, not {block_size}")
+    if not 0 < damping <= MAX_DAMPING:
+        raise CalibrationError(f"damping must be in (0, {MAX_DAMPING:g}], not {damping}")
 
 
 def _check_parameters(model: nn.Module) -> None:
@@ -265,6 +304,8 @@ def _measure(observer: Estimator, matrix: Matrix, k: float, alpha: float) -> Mat
         tokens=matrix.tokens,
         calls=matrix.calls,
         aliases=tuple(matrix.modules[1:]),
+        damping=matrix.damping,
+        attempts=matrix.attempts,
     )
 
 

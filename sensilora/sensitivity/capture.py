@@ -27,6 +27,9 @@ class Matrix:
         diagonal: running sum; None until the matrix has run.
         tokens: counted rows so far, over all calls.
         calls: forward calls so far.
+        active: whether this pass over the data measures it.
+        dtype: of the diagonal that comes out, where that is not the running sum's.
+        damping, attempts: what the inverse of its blocks took; None where none was made.
     """
 
     modules: list[str]
@@ -34,15 +37,22 @@ class Matrix:
     diagonal: Tensor | None = None
     tokens: int = 0
     calls: int = 0
+    active: bool = True
+    dtype: torch.dtype | None = None
+    damping: float | None = None
+    attempts: int | None = None
 
     @property
     def name(self) -> str:
         return self.modules[0]
 
     def accumulator(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The running sum, made of zeros on `like`'s device at first use."""
+        """The running sum on `like`'s device, made of zeros at first use."""
         if self.diagonal is None:
             self.diagonal = torch.zeros(shape, dtype=dtype, device=like.device)
+        elif self.diagonal.device != like.device:
+            # It was read from a checkpoint.
+            self.diagonal = self.diagonal.to(like.device)
         return self.diagonal
 
 

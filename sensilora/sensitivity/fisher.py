@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from sensilora import ops
 from sensilora.errors import CalibrationError
-from sensilora.sensitivity.batches import Batch
+from sensilora.sensitivity.batches import Batch, Rows
 from sensilora.sensitivity.capture import (
     Forward,
     Matrix,
@@ -114,25 +115,29 @@ class FisherEstimator(Estimator):
     def wrap(self, name: str, module: nn.Module, forward: Forward) -> Forward:
         matrix = self.matrices[name]
 
-        def deliver(x: Tensor, grad_output: Tensor) -> None:
-            self._receive(name, matrix, x, grad_output)
-
         def watched(*args: Any, **kwargs: Any) -> Any:
             x = first_argument(args, kwargs)
-            # A checkpoint runs the forward again during backward; that is not another call.
-            if self._counting and self.batch is not None:
-                calls = self._calls.setdefault(matrix.name, _Calls())
-                calls.expected += 1
-                calls.hidden += not torch.is_grad_enabled()
-                matrix.calls += 1
-                matrix.tokens += rows_of(self.batch, name, x).count
-            return _Probe.apply(forward(*args, **kwargs), x.detach(), self._anchor, deliver)
+            return self.watch(matrix, x, self.rows(name, x), lambda: forward(*args, **kwargs))
 
         return watched
 
-    def _receive(self, name: str, matrix: Matrix, x: Tensor, grad_output: Tensor) -> None:
+    def rows(self, name: str, x: Tensor) -> Rows:
+        """How the rows of an input of module `name` belong to the batch's sequences."""
         assert self.batch is not None
-        rows = rows_of(self.batch, name, x)
+        return rows_of(self.batch, name, x)
+
+    def watch(self, matrix: Matrix, x: Tensor, rows: Rows, product: Callable[[], Tensor]) -> Tensor:
+        """The output of a matrix's `product` with `x`, whose gradient will be received."""
+        # A checkpoint runs the forward again during backward; that is not another call.
+        if self._counting:
+            calls = self._calls.setdefault(matrix.name, _Calls())
+            calls.expected += 1
+            calls.hidden += not torch.is_grad_enabled()
+            matrix.calls += 1
+            matrix.tokens += rows.count
+        return _Probe.apply(product(), x.detach(), self._anchor, partial(self._receive, matrix, rows))
+
+    def _receive(self, matrix: Matrix, rows: Rows, x: Tensor, grad_output: Tensor) -> None:
         calls = self._calls[matrix.name]
         calls.received += 1
         calls.parts.append((rows.pack(x), rows.pack(grad_output), rows.lengths))
@@ -226,9 +231,10 @@ class FisherEstimator(Estimator):
             return torch.zeros(matrix.shape)
         return matrix.diagonal * self._scale**-2 / (self.sequences * self.draws)
 
-    def accumulator(self, matrix: Matrix) -> tuple[tuple[int, ...], torch.dtype]:
+    def accumulator_bytes(self, matrix: Matrix) -> int:
+        out_features, in_features = matrix.shape
         weight = self.modules[matrix.name].get_parameter("weight")
-        return matrix.shape, torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return (8 if weight.dtype == torch.float64 else 4) * out_features * in_features
 
 
 def own_loss(loss_fn: LossFunction, outputs: Any, batch: Batch) -> Tensor:
