@@ -17,28 +17,32 @@ struct Kept {
   uint32_t pair[4];
 };
 
+// Philox4x32-7 on one counter, in its place.
+__device__ inline void philox(uint32_t (&counter)[4], int64_t seed) {
+  uint32_t key0 = static_cast<uint32_t>(seed);
+  uint32_t key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+#pragma unroll
+  for (int round = 0; round < 7; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53} * counter[0];
+    const uint64_t product1 = uint64_t{0xCD9E8D57} * counter[2];
+    counter[0] = static_cast<uint32_t>(product1 >> 32) ^ counter[1] ^ key0;
+    counter[2] = static_cast<uint32_t>(product0 >> 32) ^ counter[3] ^ key1;
+    counter[1] = static_cast<uint32_t>(product1);
+    counter[3] = static_cast<uint32_t>(product0);
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+}
+
 // Which of columns 8 * block ... 8 * block + 7 of a row are kept. The whole warp calls this: four lanes that are
 // kLaneStep apart share a row and ask for the four blocks of one span of 32 columns, in the order of the lanes. A
 // Philox call serves one pair of columns in each block of the span, so each lane makes one call and they exchange.
 template <int kLaneStep>
 __device__ inline Kept kept_columns(int64_t seed, uint32_t bound, int64_t row, uint32_t block) {
-  uint32_t c0 = block, c1 = static_cast<uint32_t>(row), c2 = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
-  uint32_t c3 = 0;
-  uint32_t key0 = static_cast<uint32_t>(seed);
-  uint32_t key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-#pragma unroll
-  for (int round = 0; round < 7; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53} * c0;
-    const uint64_t product1 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
-    c1 = static_cast<uint32_t>(product1);
-    c3 = static_cast<uint32_t>(product0);
-    key0 += 0x9E3779B9;
-    key1 += 0xBB67AE85;
-  }
+  const uint64_t t = static_cast<uint64_t>(row);
+  uint32_t words[4] = {block, static_cast<uint32_t>(t), static_cast<uint32_t>(t >> 32), 0};
+  philox(words, seed);
   Kept kept;
-  const uint32_t words[4] = {c0, c1, c2, c3};
 #pragma unroll
   for (int w = 0; w < 4; ++w)
     kept.pair[w] = ((words[w] << 16) > bound ? 0x0000FFFFu : 0u) | (words[w] > bound ? 0xFFFF0000u : 0u);

@@ -46,14 +46,14 @@ def keep_mask(rows: int, columns: int, p: float, seed: Tensor | int, device: tor
     row = torch.arange(rows, dtype=torch.int64, device=device).unsqueeze(1)
     call = torch.arange(4 * -(-columns // SPAN), dtype=torch.int64, device=device).unsqueeze(0)
     row, call = torch.broadcast_tensors(row, call)
-    words = _philox((call, row & _WORD, row >> 32, torch.zeros_like(row)), seed)
+    words = philox((call, row & _WORD, row >> 32, torch.zeros_like(row)), seed)
     halves = torch.stack([torch.stack((word & 0xFFFF, word >> 16), dim=-1) for word in words], dim=-2)
     # (row, span, call, word, half) to (row, span, word, call, half), which is the order of columns.
     bits = halves.unflatten(1, (-1, 4)).transpose(2, 3)
     return bits.flatten(1)[:, :columns] >= threshold(p)
 
 
-def _philox(counter: tuple[Tensor, ...], seed: Tensor | int) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor, ...], seed: Tensor | int) -> tuple[Tensor, ...]:
     """Philox4x32-7 on int64 tensors that hold 32-bit words. The wrapped 64-bit product has the right low 64 bits."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD

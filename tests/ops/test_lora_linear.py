@@ -191,12 +191,12 @@ def test_deterministic(on_backend, device, dtype):
 
 def test_philox_known_answers():
     # Philox4x32-7 of counter and key zero, and of all ones: Random123's published known-answer vectors (kat_vectors).
-    from sensilora.ops._dropout import _philox
+    from sensilora.ops._dropout import philox
 
     zero = torch.zeros((), dtype=torch.int64)
-    assert [int(word) for word in _philox((zero,) * 4, 0)] == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    assert [int(word) for word in philox((zero,) * 4, 0)] == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     ones = torch.full((), 0xFFFFFFFF, dtype=torch.int64)
-    words = _philox((ones,) * 4, 0xFFFFFFFFFFFFFFFF)
+    words = philox((ones,) * 4, 0xFFFFFFFFFFFFFFFF)
     assert [int(word) for word in words] == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
 
 
@@ -352,10 +352,10 @@ def test_more_elements_than_32_bits_count(name, p):
 
 def _mask_of_row(row, columns, p, seed):
     """One row of the mask, (1, columns), as `keep_mask` of all rows up to it has it last."""
-    from sensilora.ops._dropout import _philox, threshold
+    from sensilora.ops._dropout import philox, threshold
 
     call = torch.arange(columns // 8)
-    words = _philox((call, torch.full_like(call, row), torch.zeros_like(call), torch.zeros_like(call)), seed)
+    words = philox((call, torch.full_like(call, row), torch.zeros_like(call), torch.zeros_like(call)), seed)
     halves = torch.stack([torch.stack((word & 0xFFFF, word >> 16), dim=-1) for word in words], dim=-2)
     return (halves.unflatten(0, (-1, 4)).transpose(1, 2).flatten()[None, :]) >= threshold(p)
 
