@@ -25,6 +25,7 @@ SCHEMA_VERSION: Literal[1] = 1
 _CONFIG = ConfigDict(extra="forbid", strict=True)
 
 EstimatorName = Literal["activation", "fisher", "hutchinson"]
+Variant = Literal["diagonal", "inverse"]
 Mode = Literal["per_sequence", "per_position"]
 LabelSource = Literal["data", "model"]
 ScoreName = Literal["trace", "topk_mean", "effective_rank", "fused"]
@@ -52,6 +53,9 @@ class MatrixSensitivity:
         tokens: rows that entered the matrix, padding left out, summed over its calls.
         calls: how often the matrix ran in a forward pass.
         aliases: names of the other modules that hold the same (tied) weight; their calls are counted here.
+        damping: the largest that a block of the matrix's inputs took to be inverted, as a fraction of the mean of its
+            diagonal; None but for the variant "inverse".
+        attempts: how many Cholesky factorisations that took, the first included; None but for the variant "inverse".
     """
 
     shape: tuple[Positive, Positive]
@@ -61,6 +65,8 @@ class MatrixSensitivity:
     tokens: Count
     calls: Positive
     aliases: tuple[str, ...] = ()
+    damping: Fraction | None = None
+    attempts: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -70,6 +76,10 @@ class SensitivityReport:
     Attributes:
         matrices: by module name, in module order.
         estimator: "activation" (diagonal of the input autocorrelation), "fisher" or "hutchinson".
+        variant: of "activation": "diagonal" (diag H) or "inverse" (1 / diag(H⁻¹) of H's diagonal blocks); "diagonal"
+            for the other estimators.
+        block_size: features a block of the variant "inverse"; None otherwise.
+        damping: of the variant "inverse", as it was asked for; None otherwise.
         mode: how Fisher squares, "per_sequence" or "per_position"; None for the other estimators.
         labels: where Fisher's labels came from, "data" or "model" (sampled); None for the other estimators.
         draws: how many label samples each sequence had; 1 for labels from the data.
@@ -85,6 +95,9 @@ class SensitivityReport:
 
     schema_version: Literal[1] = SCHEMA_VERSION
     estimator: EstimatorName
+    variant: Variant = "diagonal"
+    block_size: Positive | None = None
+    damping: Fraction | None = None
     mode: Mode | None
     labels: LabelSource | None
     draws: Positive
@@ -102,7 +115,14 @@ class SensitivityReport:
     def _consistent(self) -> SensitivityReport:
         if (self.estimator == "fisher") != (self.mode is not None) or (self.mode is None) != (self.labels is None):
             raise ValueError(f"mode and labels are given for the estimator 'fisher' only, not {self.estimator!r}")
+        inverse = self.variant == "inverse"
+        if inverse and self.estimator != "activation":
+            raise ValueError(f"variant is 'inverse' for the estimator 'activation' only, not {self.estimator!r}")
+        if (self.block_size is None) == inverse or (self.damping is None) == inverse:
+            raise ValueError("block_size and damping are given for the variant 'inverse' only, and always for it")
         for name, matrix in self.matrices.items():
+            if (matrix.damping is None) == inverse or (matrix.attempts is None) == inverse:
+                raise ValueError(f"damping and attempts of {name} are given for the variant 'inverse' only")
             if matrix.effective_rank > self.diagonal_size(name):
                 raise ValueError(
                     f"effective_rank of {name} is {matrix.effective_rank}, above the {self.diagonal_size(name)} "
@@ -197,7 +217,9 @@ class SensitivityReport:
 
     def summary(self) -> str:
         """The report as a text table, one matrix a line."""
-        source = ", ".join(part for part in (self.mode, self.labels and f"labels from the {self.labels}") if part)
+        inverse = self.damping and f"inverse, block_size={self.block_size}, damping={self.damping:g}"
+        labels = self.labels and f"labels from the {self.labels}"
+        source = ", ".join(part for part in (inverse, self.mode, labels) if part)
         lines = [
             f"{self.model_id}: {self.estimator}{f' ({source})' if source else ''}, "
             f"{self.sequences} sequences, {self.tokens} tokens, k={self.k:g}, alpha={self.alpha:g}"
