@@ -62,13 +62,15 @@ def outermost_heads(model: nn.Module) -> list[str]:
 def stacked_experts(model: nn.Module) -> list[str]:
     """Names of the parameters (experts, ., .) that hold one matrix for each expert of a mixture (Mixtral, Qwen-MoE).
 
-    No module stands for one of these matrices, so they are neither measured nor adapted.
+    No module stands for one of these matrices, so they get no adapter, and `sensilora.calibrate` measures them only
+    if asked.
     """
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and "experts" in name.split(".")[:-1]
-    ]
+    return [name for name, parameter in model.named_parameters() if is_expert_stack(name, parameter)]
+
+
+def is_expert_stack(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter of this full name holds one matrix for each expert."""
+    return parameter.dim() == 3 and "experts" in name.split(".")[:-1]
 
 
 def find_targets(model: nn.Module, targets: Targets = "all-linear") -> dict[str, nn.Module]:

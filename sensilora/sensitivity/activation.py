@@ -5,7 +5,7 @@ Its diagonal is one number an input feature, 1 / diag(H⁻¹) another, H taken i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sensilora import ops
 from sensilora.errors import CalibrationError
-from sensilora.sensitivity.batches import Batch
+from sensilora.sensitivity.batches import Batch, Rows
 from sensilora.sensitivity.capture import Forward, Matrix, first_argument, raise_non_finite, rows_of
 from sensilora.sensitivity.estimator import Estimator
 
@@ -57,13 +57,26 @@ class ActivationEstimator(Estimator):
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if self.batch is not None and matrix.active:
-                self._see(name, matrix, first_argument(args, kwargs), self.batch)
+                x = first_argument(args, kwargs)
+                self._see(matrix, x, rows_of(self.batch, name, x) if self.batch.padded else None)
             return forward(*args, **kwargs)
 
         return watched
 
-    def _see(self, name: str, matrix: Matrix, x: Tensor, batch: Batch) -> None:
-        rows = rows_of(batch, name, x) if batch.padded else None
+    def rows(self, name: str, x: Tensor) -> Rows:
+        """How the rows of an input of module `name` belong to sequences; without padding, to one."""
+        assert self.batch is not None
+        if self.batch.padded:
+            return rows_of(self.batch, name, x)
+        return Rows(torch.tensor([x.shape[:-1].numel()]))
+
+    def watch(self, matrix: Matrix, x: Tensor, rows: Rows, product: Callable[[], Tensor]) -> Tensor:
+        """The output of a matrix's `product` with `x`, which is seen."""
+        if matrix.active:
+            self._see(matrix, x, rows)
+        return product()
+
+    def _see(self, matrix: Matrix, x: Tensor, rows: Rows | None) -> None:
         flat = None if rows is None else rows.mask
         last = self._last
         # Query, key and value read the very same tensor one after the other: it is summed once.
