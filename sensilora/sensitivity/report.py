@@ -26,7 +26,7 @@ _CONFIG = ConfigDict(extra="forbid", strict=True)
 
 EstimatorName = Literal["activation", "fisher", "hutchinson"]
 Variant = Literal["diagonal", "inverse"]
-Mode = Literal["per_sequence", "per_position"]
+Mode = Literal["per_sequence", "per_position", "per_loss_term"]
 LabelSource = Literal["data", "model"]
 ScoreName = Literal["trace", "topk_mean", "effective_rank", "fused"]
 
@@ -56,6 +56,9 @@ class MatrixSensitivity:
         damping: the largest that a block of the matrix's inputs took to be inverted, as a fraction of the mean of its
             diagonal; None but for the variant "inverse".
         attempts: how many Cholesky factorisations that took, the first included; None but for the variant "inverse".
+        expert_of: the parameter of several experts' matrices that this is one of; None for a linear module's weight.
+        from_siblings: whether this expert saw fewer than `min_expert_tokens` tokens, and trace, topk_mean and
+            effective_rank are the mean of the experts beside it in the same parameter that saw enough.
     """
 
     shape: tuple[Positive, Positive]
@@ -63,10 +66,12 @@ class MatrixSensitivity:
     topk_mean: Measure
     effective_rank: Count
     tokens: Count
-    calls: Positive
+    calls: Count
     aliases: tuple[str, ...] = ()
     damping: Fraction | None = None
     attempts: Positive | None = None
+    expert_of: str | None = None
+    from_siblings: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -80,12 +85,13 @@ class SensitivityReport:
             for the other estimators.
         block_size: features a block of the variant "inverse"; None otherwise.
         damping: of the variant "inverse", as it was asked for; None otherwise.
-        mode: how Fisher squares, "per_sequence" or "per_position"; None for the other estimators.
+        mode: how Fisher squares, "per_sequence", "per_position" or "per_loss_term"; None for the other estimators.
         labels: where Fisher's labels came from, "data" or "model" (sampled); None for the other estimators.
         draws: how many label samples each sequence had; 1 for labels from the data.
         seed: of the label samples.
         tokens: input tokens that counted, padding left out.
         sequences: sequences that counted; for Fisher those with at least one label.
+        min_expert_tokens: the least tokens for an expert's numbers to be its own; None where experts are left out.
         k: fraction of the diagonal in the top-k mean.
         alpha: share of the trace that the effective rank reaches.
         model_id: hub name or folder of the model, or its class name.
@@ -104,6 +110,7 @@ class SensitivityReport:
     seed: int
     tokens: Count
     sequences: Positive
+    min_expert_tokens: Positive | None = None
     k: Fraction
     alpha: Fraction
     model_id: str
@@ -121,7 +128,12 @@ class SensitivityReport:
         if (self.block_size is None) == inverse or (self.damping is None) == inverse:
             raise ValueError("block_size and damping are given for the variant 'inverse' only, and always for it")
         for name, matrix in self.matrices.items():
-            if (matrix.damping is None) == inverse or (matrix.attempts is None) == inverse:
+            if matrix.from_siblings:
+                if matrix.expert_of is None:
+                    raise ValueError(f"{name} is no expert of a stack (expert_of), so from_siblings cannot be true")
+            elif not matrix.calls:
+                raise ValueError(f"calls of {name} is 0, so it has no sensitivity of its own")
+            elif (matrix.damping is None) == inverse or (matrix.attempts is None) == inverse:
                 raise ValueError(f"damping and attempts of {name} are given for the variant 'inverse' only")
             if matrix.effective_rank > self.diagonal_size(name):
                 raise ValueError(
