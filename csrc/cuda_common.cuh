@@ -10,6 +10,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <vector>
+
 #include "common.h"
 
 namespace sensilora {
@@ -26,6 +28,17 @@ inline unsigned grid_size(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= 0x7FFFFFFF, "too many rows for one launch");
   return static_cast<unsigned>(blocks);
 }
+
+inline int64_t multiprocessors() {
+  int device = 0, count = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+// A copy of `words` (at least one) in int64 on `like`'s device. They travel as arguments of kernels: without waiting
+// for the device, without pinned memory that must outlive the copy, and into captured graphs too.
+Tensor words_on_device(const std::vector<int64_t>& words, const Tensor& like);
 
 // drop(x) of a 2-D x, or x itself where nothing is dropped; into += drop(x). seed may be null where p is 0.
 Tensor dropped_cuda(const Tensor& x, double p, const int64_t* seed);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common.h"
+#include "fisher_diag.h"
 
 #if SENSILORA_X86
 #include <immintrin.h>
@@ -19,8 +20,6 @@
 namespace sensilora {
 namespace {
 
-constexpr int64_t kPerSequence = 0;
-constexpr int64_t kPerPosition = 1;
 // Tokens in one pass over a block: more would not fit the caches. A longer sequence takes several passes and keeps
 // its unfinished tiles in between.
 constexpr int64_t kTokensAtOnce = 128;
@@ -305,29 +304,10 @@ void plan_positions(Problem<T>& problem) {
   }
 }
 
-// x (tokens, in) and grad (tokens, out) of one dtype, the sequences one behind the other; lengths (N,) int64, the
-// tokens of each; mode 0 per sequence, 1 per position; out (out, in) float32 or float64, written or added to.
 void fisher_diag(const Tensor& x, const Tensor& grad, const Tensor& lengths, int64_t mode, Tensor out,
                  bool accumulate) {
   const NoGrad guard;
-  const Matrix x_matrix = as_matrix(x, "x"), g_matrix = as_matrix(grad, "grad");
-  check_out(out);
-  STD_TORCH_CHECK(x.scalar_type() == grad.scalar_type(), "x and grad must share a dtype");
-  STD_TORCH_CHECK(x_matrix.rows == g_matrix.rows, "x has ", x_matrix.rows, " rows, grad has ", g_matrix.rows);
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == g_matrix.columns && out.size(1) == x_matrix.columns &&
-                      out.is_contiguous(),
-                  "out must be contiguous, of shape (", g_matrix.columns, ", ", x_matrix.columns, ")");
-  STD_TORCH_CHECK(mode == kPerSequence || mode == kPerPosition, "mode must be 0 or 1, not ", mode);
-  STD_TORCH_CHECK(lengths.dim() == 1 && lengths.scalar_type() == ScalarType::Long && lengths.is_cpu(),
-                  "lengths must be a 1-D int64 tensor on the CPU");
-  const Tensor length_tensor = torch::stable::contiguous(lengths);
-  const auto* length = static_cast<const int64_t*>(length_tensor.const_data_ptr());
-  int64_t tokens = 0;
-  for (int64_t n = 0; n < lengths.size(0); ++n) {
-    STD_TORCH_CHECK(length[n] >= 0, "lengths must not be negative");
-    tokens += length[n];
-  }
-  STD_TORCH_CHECK(tokens == x_matrix.rows, "lengths sum to ", tokens, ", x has ", x_matrix.rows, " rows");
+  const FisherInput input = fisher_input(x, grad, lengths, mode, out);
 
   for_floating_type(x.scalar_type(), "x", [&](auto tag) {
     using T = decltype(tag);
@@ -336,9 +316,9 @@ void fisher_diag(const Tensor& x, const Tensor& grad, const Tensor& lengths, int
     // Tiles are added to `out` in the type they are made in.
     Tensor target = out.scalar_type() == kType ? out : torch::stable::new_empty(out, out.sizes(), kType);
     if (target.get() != out.get() || !accumulate) torch::stable::zero_(target);
-    Problem<T> problem{x_matrix, g_matrix, {}, {}, mode == kPerPosition, static_cast<F*>(target.mutable_data_ptr())};
+    Problem<T> problem{input.x, input.g, {}, {}, mode == kPerPosition, static_cast<F*>(target.mutable_data_ptr())};
     if (mode == kPerSequence)
-      plan_sequences(problem, length, lengths.size(0));
+      plan_sequences(problem, input.lengths, input.sequences);
     else
       plan_positions(problem);
     run(problem);

@@ -6,7 +6,16 @@ The oracle runs on the CPU, so that nothing but the op itself is slowed down by 
 import pytest
 import torch
 
-from sensilora.ops import _backend, autocorrelation_diag, lora_group, lora_linear, lora_segments, use_backend
+from sensilora.ops import (
+    _backend,
+    autocorrelation_diag,
+    fisher_diag,
+    lora_group,
+    lora_linear,
+    lora_segments,
+    use_backend,
+)
+from sensilora.ops.fisher_diag import CONVENTIONS
 from tests.tolerances import RELATIVE, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
@@ -133,3 +142,20 @@ def test_autocorrelation_diag(dtype):
     with use_backend("triton"):
         got = autocorrelation_diag(x.to(DEVICE))
     assert relative_error(got, x.double().square().sum(0)) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", CONVENTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [(77, 43), (136, 72)])
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_fisher_diag(backend, mode, dtype, features):
+    reason = _backend.why_not("fisher_diag", backend, DEVICE, dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    lengths = [40, 1, 0, 260]
+    x, g = (torch.randn(301, size).to(dtype) for size in features)
+    with use_backend(backend):
+        got = fisher_diag(x.to(DEVICE), g.to(DEVICE), mode=mode, lengths=lengths)
+    with use_backend("torch"):
+        expected = fisher_diag(x.double(), g.double(), mode=mode, lengths=lengths)
+    assert relative_error(got, expected) <= 1e-5

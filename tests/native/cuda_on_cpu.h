@@ -16,6 +16,7 @@
 #define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define SENSILORA_DYNAMIC_SHARED(name) static uint32_t name[64 * 1024 / sizeof(uint32_t)]
 
 struct uint2 {
   uint32_t x, y;
@@ -36,10 +37,17 @@ inline Index threadIdx, blockIdx, gridDim;
 
 namespace cuda_on_cpu {
 
+struct Copy {
+  void* to;
+  const void* from;
+  bool inside;
+};
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(128 * 1024);
   bool done = false;
+  std::vector<std::vector<Copy>> copies;  // by group; the last one is still open
 };
 
 // What lanes tell one another. A lane is at most one exchange ahead of another, so two sets of slots suffice.
@@ -93,6 +101,7 @@ void launch(Kernel kernel, int64_t blocks, int threads, Args... args) {
       fiber.context.uc_stack.ss_size = fiber.stack.size();
       fiber.context.uc_link = &scheduler;
       fiber.done = false;
+      fiber.copies.assign(1, {});
       makecontext(&fiber.context, start, 0);
     }
     while (alive > 0)
@@ -121,10 +130,24 @@ inline uint32_t __shfl_xor_sync(uint32_t, uint32_t value, int lanes) {
   return cuda_on_cpu::exchange<1>({value})[lane ^ lanes][0];
 }
 
+// Threads take turns only where they wait, so nothing comes in between.
+template <class T>
+T atomicAdd(T* at, T value) {
+  const T before = *at;
+  *at += value;
+  return before;
+}
+
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
+}
+
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
 }
 
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
@@ -134,6 +157,46 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
     result |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xFF) << (8 * i);
   return result;
 }
+
+#define SENSILORA_SHARED_MEMORY
+namespace sensilora {
+
+// Nothing arrives before it is waited for.
+inline void copy_async(void* to, const void* from, bool inside) {
+  cuda_on_cpu::fibers[threadIdx.x].copies.back().push_back({to, from, inside});
+}
+inline void commit_copies() { cuda_on_cpu::fibers[threadIdx.x].copies.emplace_back(); }
+template <int kGroups>
+void wait_for_copies() {
+  auto& groups = cuda_on_cpu::fibers[threadIdx.x].copies;
+  while (groups.size() > kGroups + 1) {
+    for (const auto& copy : groups.front()) {
+      if (copy.inside)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+template <bool kTransposed>
+void load_blocks(uint32_t (&words)[4], const void* row) {
+  const auto address = reinterpret_cast<uint64_t>(row);
+  if (address % 16 != 0) std::abort();
+  const auto* rows = cuda_on_cpu::exchange<2>({static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32)});
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i) {
+    const auto element = [&](int r, int column) -> uint32_t {
+      const uint64_t at = uint64_t{rows[8 * i + r][1]} << 32 | rows[8 * i + r][0];
+      return reinterpret_cast<const uint16_t*>(at)[column];
+    };
+    words[i] = kTransposed ? element(2 * t, g) | element(2 * t + 1, g) << 16
+                           : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
+  }
+}
+
+}  // namespace sensilora
 
 #define SENSILORA_HALF_TYPES
 namespace sensilora {

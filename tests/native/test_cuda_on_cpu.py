@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 
-def test_passes_of_lora_linear(tmp_path):
+@pytest.mark.parametrize("name", ["autocorrelation_diag", "fisher_diag", "lora_linear"])
+def test_kernels(tmp_path, name):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    source = Path(__file__).with_name("check_lora_linear_kernels.cpp")
+    source = Path(__file__).with_name(f"check_{name}_kernels.cpp")
     program = tmp_path / "check"
     command = [compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", source, "-o", program]
     built = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -44,6 +44,59 @@ def test_matches_oracle(on_backend, device, mode, dtype, sizes, poisoned_empty):
     assert relative_error(got, expected) <= ACCUMULATED[dtype]
 
 
+@pytest.mark.parametrize("mode", CONVENTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[700, 1, 0, 300], [3] * 600])
+@pytest.mark.parametrize("features", [(150, 264), (97, 35)])
+def test_long_and_many_sequences(on_backend, device, mode, dtype, lengths, features):
+    x, g = (torch.randn(sum(lengths), size).to(dtype) for size in features)
+    with on_backend(OP, dtype):
+        got = fisher_diag(x.to(device), g.to(device), mode=mode, lengths=lengths)
+    x, g = x.double(), g.double()
+    pairs = zip(g.split(lengths), x.split(lengths), strict=True)
+    expected = (
+        g.square().T @ x.square() if mode == "per_position" else sum((g_n.T @ x_n).square() for g_n, x_n in pairs)
+    )
+    assert relative_error(got, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", CONVENTIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_one_sign_are_not_cut_off(on_backend, device, mode, dtype):
+    # A tensor core cuts off what it adds to a sum: with equal signs the errors add up, and so do those of one square.
+    x, g = torch.full((1, 4096, 40), 1.0039).to(dtype), torch.full((1, 4096, 24), 0.0117).to(dtype)
+    with on_backend(OP, dtype):
+        got = fisher_diag(x.to(device), g.to(device), mode=mode)
+    factor = 4096.0 if mode == "per_position" else 4096.0**2
+    expected = factor * g.double()[0, 0].square().unsqueeze(1) * x.double()[0, 0].square()
+    assert relative_error(got, expected) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", CONVENTIONS)
+def test_nothing_waits_for_the_device(mode):
+    x, g = torch.randn(9, 40, device="cuda"), torch.randn(9, 24, device="cuda")
+    out, lengths = torch.zeros(24, 40, device="cuda"), torch.tensor([4, 0, 5])
+    with use_backend("native"):
+        fisher_diag(x, g, mode=mode, lengths=lengths, out=out)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            fisher_diag(x, g, mode=mode, lengths=lengths, out=out)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert relative_error(out, 2 * oracle(x, g, mode, [4, 0, 5])) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", CONVENTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_repeats_bit_for_bit(mode, dtype):
+    x, g = (torch.randn(8, 65, 128, device="cuda", dtype=dtype) for _ in range(2))
+    with use_backend("native"):
+        first, second = (fisher_diag(x, g, mode=mode) for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_is_the_squared_gradient_of_each_sequence():
     layer = torch.nn.Linear(4, 3, dtype=torch.float64)
     x = torch.randn(5, 6, 4, dtype=torch.float64)
