@@ -3,7 +3,7 @@
 #include <optional>
 #include <vector>
 
-#include "common.h"
+#include "autocorrelation_diag.h"
 
 namespace sensilora {
 namespace {
@@ -58,21 +58,13 @@ void write_sums(const std::vector<double>& partial, int64_t chunks, const Tensor
   }
 }
 
-// x (rows, in); mask (rows,) bool, true where a row counts; out (in,) float32 or float64, written or added to.
 // The rows are cut into chunks that depend on the shape alone, and the chunks are added in order, so the result
 // does not depend on the number of threads.
 void autocorrelation_diag(const Tensor& x_tensor, std::optional<Tensor> mask, Tensor out, bool accumulate) {
   const NoGrad guard;
-  const Matrix x = as_matrix(x_tensor, "x");
-  check_out(out);
-  STD_TORCH_CHECK(out.dim() == 1 && out.size(0) == x.columns, "out must have shape (", x.columns, ",)");
-  const bool* counted = nullptr;
-  if (mask.has_value()) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 1 && mask->size(0) == x.rows,
-                    "mask must be bool of shape (", x.rows, ",)");
-    mask = torch::stable::contiguous(*mask);
-    counted = static_cast<const bool*>(mask->const_data_ptr());
-  }
+  const DiagArguments arguments(x_tensor, mask, out);
+  const Matrix& x = arguments.x;
+  const bool* counted = arguments.counted();
   const int64_t chunk_rows = std::max(kMinChunkRows, ceil_div(x.rows, kMaxChunks));
   const int64_t chunks = ceil_div(x.rows, chunk_rows);
   std::vector<double> partial(chunks * x.columns, 0.0);
