@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 import operator
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -401,6 +402,9 @@ def allocate(
 ) -> RankPlan:
     """Give every measured matrix a LoRA rank under one budget (Sensitivity-LoRA, section 4).
 
+    Experts that the report holds (``expert_of``) get none and have no part in the scores, for `sensilora.inject`
+    cannot put an adapter into a part of a parameter.
+
     Args:
         report: The sensitivities, from `sensilora.calibrate`.
         average_rank: Budget as ranks a matrix; the total is rounded down to a whole number. Give exactly one of the
@@ -430,6 +434,9 @@ def allocate(
         BudgetError: the budget cannot be met within bounds and shapes, or an argument is out of range.
         RankError: a matrix is too small for `min_rank`.
         NonFiniteError: a metric of the report is NaN, infinite or negative.
+
+    Warns:
+        UserWarning: the report holds experts, which get no rank.
     """
     budgets = {"average_rank": average_rank, "total_rank": total_rank, "total_parameters": total_parameters}
     given = {kind: value for kind, value in budgets.items() if value is not None}
@@ -442,9 +449,18 @@ def allocate(
         raise BudgetError("use_rslora needs alpha, the scale being alpha / sqrt(rank); pass alpha")
     if alpha is not None and scaling != 1.0:
         raise BudgetError(f"scaling {scaling!r} and alpha {alpha!r} contradict each other; pass one of them")
-    matrices = {name: report[name] for name in report}
+    matrices = {name: report[name] for name in report if report[name].expert_of is None}
+    experts = len(report) - len(matrices)
     if not matrices:
-        raise BudgetError("the sensitivity report holds no matrix, so there is nothing to allocate ranks to")
+        held = "only experts, which can hold no adapter" if experts else "no matrix"
+        raise BudgetError(f"the sensitivity report holds {held}, so there is nothing to allocate ranks to")
+    if experts:
+        warnings.warn(
+            f"{experts} of the {len(report)} matrices in the report are experts of a stacked parameter, which can "
+            "hold no adapter: they get no rank, and the plan leaves them out",
+            UserWarning,
+            stacklevel=2,
+        )
     for name, matrix in matrices.items():
         for metric in _METRICS:
             if not 0 <= getattr(matrix, metric) < math.inf:

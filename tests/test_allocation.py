@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -23,7 +24,7 @@ from sensilora.allocation import (
 )
 from sensilora.errors import BudgetError, NonFiniteError, RankError, SensiloraError
 from sensilora.sensitivity.calibrate import calibrate
-from sensilora.sensitivity.report import SensitivityReport
+from sensilora.sensitivity.report import MatrixSensitivity, SensitivityReport
 from sensilora.targets import fingerprint
 from tests.reports import encoder_report, make_report
 
@@ -568,7 +569,7 @@ class FakeReport(dict):
 @pytest.mark.parametrize("metric", ["trace", "topk_mean", "effective_rank"])
 def test_a_bad_metric_is_named(metric, value):
     class Entry:
-        trace, topk_mean, effective_rank, shape = 1.0, 1.0, 1, (8, 8)
+        trace, topk_mean, effective_rank, shape, expert_of = 1.0, 1.0, 1, (8, 8), None
 
     bad = Entry()
     setattr(bad, metric, value)
@@ -579,6 +580,19 @@ def test_a_bad_metric_is_named(metric, value):
 def test_an_empty_report_is_refused():
     with pytest.raises(BudgetError, match="holds no matrix"):
         allocate(FakeReport(), average_rank=2)
+
+
+def test_experts_get_no_rank_and_have_no_part_in_the_scores():
+    plain = four_matrices()
+    expert = MatrixSensitivity(
+        shape=(8, 8), trace=1e6, topk_mean=1e6, effective_rank=9, tokens=9, calls=1, expert_of="mlp.experts.down_proj"
+    )
+    both = dataclasses.replace(plain, matrices={"mlp.experts.down_proj.0": expert, **plain.matrices})
+    with pytest.warns(UserWarning, match="1 of the 5 matrices in the report are experts .* they get no rank"):
+        assert allocate(both, average_rank=8) == allocate(plain, average_rank=8)
+    alone = dataclasses.replace(plain, matrices={"mlp.experts.down_proj.0": expert})
+    with pytest.raises(BudgetError, match="holds only experts, which can hold no adapter"):
+        allocate(alone, average_rank=8)
 
 
 def test_errors_are_the_packages_own():
