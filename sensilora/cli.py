@@ -156,6 +156,7 @@ class Estimator(str, Enum):
 class Mode(str, Enum):
     per_sequence = "per_sequence"
     per_position = "per_position"
+    per_loss_term = "per_loss_term"
 
 
 class Labels(str, Enum):
@@ -326,7 +327,7 @@ def plan(
         Estimator, typer.Option("--estimator", help="activation: forward passes; fisher: squared gradients.")
     ] = Estimator.activation,
     mode: Annotated[
-        Mode, typer.Option("--mode", help="Fisher: square a sequence's gradient, or each position's.")
+        Mode, typer.Option("--mode", help="Fisher: square a sequence's gradient, each position's, or each label's.")
     ] = Mode.per_sequence,
     labels: Annotated[
         Labels, typer.Option("--labels", help="Fisher: labels of the data, or drawn from the model.")
@@ -362,6 +363,13 @@ def plan(
     targets: Annotated[
         str, typer.Option("--targets", help="all-linear, names with commas, or a regular expression for whole names.")
     ] = "all-linear",
+    experts: Annotated[
+        bool, typer.Option("--experts", help="For --report: measure experts in stacks too; they get no rank.")
+    ] = False,
+    min_expert_tokens: Annotated[
+        int,
+        typer.Option("--min-expert-tokens", min=1, help="An expert that saw fewer takes its siblings' mean."),
+    ] = 32,
     scaling: Annotated[float, typer.Option("--scaling", help="LoRA scale s = alpha / r of every matrix.")] = 1.0,
     text_field: TextFieldOption = [],  # noqa: B006
     label_field: LabelFieldOption = None,
@@ -417,6 +425,8 @@ def plan(
         _batches(loaded, tokenizer, rows, names, max_length, batch_size),
         estimator=estimator.value,
         targets=wanted,
+        experts=experts,
+        min_expert_tokens=min_expert_tokens,
         mode=mode.value,
         labels=labels.value,
         draws=draws,
