@@ -5,6 +5,7 @@ Its diagonal is one number an input feature, 1 / diag(H⁻¹) another, H taken i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from sensilora import ops
 from sensilora.errors import CalibrationError
-from sensilora.sensitivity.batches import Batch, Rows
+from sensilora.sensitivity.batches import Batch, Rows, is_encoder_decoder
 from sensilora.sensitivity.capture import Forward, Matrix, first_argument, raise_non_finite, rows_of
 from sensilora.sensitivity.estimator import Estimator
 
@@ -51,6 +52,7 @@ class ActivationEstimator(Estimator):
         super().__init__(model, modules, matrices)
         self.variant, self.block_size, self.damping = variant, block_size, damping
         self._last: _Seen | None = None
+        self._shortcut = {"logits_to_keep": 1} if _may_skip_logits(model, modules) else {}
 
     def wrap(self, name: str, module: nn.Module, forward: Forward) -> Forward:
         matrix = self.matrices[name]
@@ -98,7 +100,7 @@ class ActivationEstimator(Estimator):
     @torch.no_grad()
     def observe(self, batch: Batch) -> None:
         self.batch = batch
-        self.model(**batch.inputs)
+        self.model(**self._shortcut | batch.inputs)
         self.batch = self._last = None
         self.batches += 1
         self.tokens += batch.streams[0].tokens if batch.streams else batch.size
@@ -141,6 +143,17 @@ class ActivationEstimator(Estimator):
             return 8 * in_features
         size = min(self.block_size, in_features)
         return 8 * size * size * -(-in_features // size)
+
+
+def _may_skip_logits(model: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether logits can be left out but for a position, since no target module is their head.
+
+    They are a twentieth of an 8B model's arithmetic, and its largest activation.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters or is_encoder_decoder(model):
+        return False
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and all(module is not head for module in modules.values())
 
 
 class Inverse(NamedTuple):

@@ -393,6 +393,25 @@ def test_inverse_on_device(device):
 # ------------------------------------------------------------------------------------------------ its cost
 
 
+@pytest.mark.parametrize(("targets", "positions"), [("all-linear", 1), (".*", 7)])
+def test_logits_that_nothing_reads_are_not_computed(targets, positions):
+    """They are where the head itself is a target; and the other matrices' numbers are the same either way."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 20}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    )
+    shapes = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+    batch = classification_batch(sequences(7, 4), [0, 0])
+    report = calibrate(model, [batch], targets=targets, progress=False)
+    assert shapes == [(2, positions, 8)]
+    assert ("lm_head" in report) == (positions == 7)
+    own_choice = calibrate(model, [batch | {"logits_to_keep": 0}], progress=False)
+    assert shapes[1:] == [(2, 7, 8)]
+    assert {name: report[name] for name in own_choice} == own_choice.matrices
+
+
 def test_a_matrix_costs_one_sum_and_one_addition_and_a_batch_one_transfer():
     """Nothing waits for the device in between: a value that the host reads is an aten::_local_scalar_dense."""
     model = Net(depth=4)
