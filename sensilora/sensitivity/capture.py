@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sensilora.errors import CalibrationError, NonFiniteError
 from sensilora.sensitivity.batches import Batch, Rows
+from sensilora.sensitivity.report import ProbeStatistics
 from sensilora.targets import first_non_finite_parameter, matrix_shape
 
 Forward = Callable[..., Any]
@@ -30,6 +31,7 @@ class Matrix:
         active: whether this pass over the data measures it.
         dtype: of the diagonal that comes out, where that is not the running sum's.
         damping, attempts: what the inverse of its blocks took; None where none was made.
+        probes: what Hutchinson's probes told of themselves; None where none were taken.
     """
 
     modules: list[str]
@@ -41,6 +43,7 @@ class Matrix:
     dtype: torch.dtype | None = None
     damping: float | None = None
     attempts: int | None = None
+    probes: ProbeStatistics | None = None
 
     @property
     def name(self) -> str:

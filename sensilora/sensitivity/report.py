@@ -28,6 +28,7 @@ EstimatorName = Literal["activation", "fisher", "hutchinson"]
 Variant = Literal["diagonal", "inverse"]
 Mode = Literal["per_sequence", "per_position", "per_loss_term"]
 LabelSource = Literal["data", "model"]
+HessianProduct = Literal["double_backward", "central_differences"]
 ScoreName = Literal["trace", "topk_mean", "effective_rank", "fused"]
 
 Count = Annotated[int, Field(ge=0)]
@@ -40,6 +41,32 @@ _SHOWN_MOVERS = 10
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class ProbeStatistics:
+    """How well the probes of the "hutchinson" estimator know one matrix's Hessian diagonal.
+
+    The averaged diagonal has negative entries, the Hessian's own and those that noise makes; they are set to 0 before
+    the metrics are taken. Noise biases the top-k mean upwards and changes the effective rank; the metrics of half the
+    probes show how much: what is left is 1 to 2.4 times what they differ by, as that bias falls with the number of
+    probes or with its root.
+
+    Attributes:
+        count: how many probes were taken.
+        trace: their unbiased estimate of the Hessian's trace, negative entries and all.
+        standard_error: of that estimate, from its spread over the probes.
+        negative_mass: Σ|negative entries| / Σ|entries| of the averaged diagonal, before they are set to 0.
+        half_topk_mean: the top-k mean by every second probe alone, and by the others alone.
+        half_effective_rank: the effective rank by the same halves.
+    """
+
+    count: Annotated[int, Field(ge=2)]
+    trace: Annotated[float, Field(allow_inf_nan=False)]
+    standard_error: Measure
+    negative_mass: Annotated[float, Field(ge=0, le=1)]
+    half_topk_mean: tuple[Measure, Measure]
+    half_effective_rank: tuple[Count, Count]
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class MatrixSensitivity:
     """What a calibration found for one weight matrix.
 
@@ -47,7 +74,8 @@ class MatrixSensitivity:
         shape: (out_features, in_features).
         trace: Σ λ_i over the matrix's Hessian diagonal (Sensitivity-LoRA, eq. 8). For "activation" the diagonal has
             in_features values, in units of the squared input per token; for "fisher" out_features · in_features
-            values, in units of the squared loss gradient per sequence.
+            values, in units of the squared loss gradient per sequence; for "hutchinson" as many, second derivatives
+            of the loss per sequence, those below 0 set to 0 (`ProbeStatistics.trace` is the sum with them).
         topk_mean: mean of the largest fraction `k` of the diagonal (eq. 9), in the trace's unit.
         effective_rank: how many of the largest values reach the share `alpha` of the trace (eq. 10); 0 if it is 0.
         tokens: rows that entered the matrix, padding left out, summed over its calls.
@@ -59,6 +87,7 @@ class MatrixSensitivity:
         expert_of: the parameter of several experts' matrices that this is one of; None for a linear module's weight.
         from_siblings: whether this expert saw fewer than `min_expert_tokens` tokens, and trace, topk_mean and
             effective_rank are the mean of the experts beside it in the same parameter that saw enough.
+        probes: what is known of the probes' noise; None but for "hutchinson".
     """
 
     shape: tuple[Positive, Positive]
@@ -72,6 +101,21 @@ class MatrixSensitivity:
     attempts: Positive | None = None
     expert_of: str | None = None
     from_siblings: bool = False
+    probes: ProbeStatistics | None = None
+
+    @property
+    def topk_mean_bias(self) -> float | None:
+        """By how much of the top-k mean half the probes give a higher one; None without probes or where it is 0."""
+        if self.probes is None or not self.topk_mean:
+            return None
+        return sum(self.probes.half_topk_mean) / 2 / self.topk_mean - 1
+
+    @property
+    def effective_rank_bias(self) -> float | None:
+        """By how much of the effective rank half the probes give a higher one; None in the same cases."""
+        if self.probes is None or not self.effective_rank:
+            return None
+        return sum(self.probes.half_effective_rank) / 2 / self.effective_rank - 1
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -88,10 +132,16 @@ class SensitivityReport:
         mode: how Fisher squares, "per_sequence", "per_position" or "per_loss_term"; None for the other estimators.
         labels: where Fisher's labels came from, "data" or "model" (sampled); None for the other estimators.
         draws: how many label samples each sequence had; 1 for labels from the data.
-        seed: of the label samples.
+        hvp: how "hutchinson" took its Hessian-vector products, "double_backward" or "central_differences"; None for
+            the other estimators, as are the next three.
+        probes, min_probes: the most and the least that a matrix could have.
+        tolerance: the standard error of a matrix's trace, relative to it, at which no more were taken.
+        seed: of the label samples or the probes.
         tokens: input tokens that counted, padding left out.
         sequences: sequences that counted; for Fisher those with at least one label.
         min_expert_tokens: the least tokens for an expert's numbers to be its own; None where experts are left out.
+        passes: for each pass over the data the most bytes of running sums that it held at a time, more than one pass
+            under a `memory_budget`; empty where that is not known.
         k: fraction of the diagonal in the top-k mean.
         alpha: share of the trace that the effective rank reaches.
         model_id: hub name or folder of the model, or its class name.
@@ -101,12 +151,17 @@ class SensitivityReport:
 
     schema_version: Literal[1] = SCHEMA_VERSION
     estimator: EstimatorName
+    passes: tuple[Count, ...] = ()
     variant: Variant = "diagonal"
     block_size: Positive | None = None
     damping: Fraction | None = None
     mode: Mode | None
     labels: LabelSource | None
     draws: Positive
+    hvp: HessianProduct | None = None
+    probes: Positive | None = None
+    min_probes: Positive | None = None
+    tolerance: Measure | None = None
     seed: int
     tokens: Count
     sequences: Positive
@@ -122,12 +177,20 @@ class SensitivityReport:
     def _consistent(self) -> SensitivityReport:
         if (self.estimator == "fisher") != (self.mode is not None) or (self.mode is None) != (self.labels is None):
             raise ValueError(f"mode and labels are given for the estimator 'fisher' only, not {self.estimator!r}")
+        settings = (self.hvp, self.probes, self.min_probes, self.tolerance)
+        if {setting is not None for setting in settings} != {self.estimator == "hutchinson"}:
+            raise ValueError(
+                "hvp, probes, min_probes and tolerance are given for the estimator 'hutchinson' only, and always for "
+                "it"
+            )
         inverse = self.variant == "inverse"
         if inverse and self.estimator != "activation":
             raise ValueError(f"variant is 'inverse' for the estimator 'activation' only, not {self.estimator!r}")
         if (self.block_size is None) == inverse or (self.damping is None) == inverse:
             raise ValueError("block_size and damping are given for the variant 'inverse' only, and always for it")
         for name, matrix in self.matrices.items():
+            if (matrix.probes is not None) != (self.estimator == "hutchinson"):
+                raise ValueError(f"probes of {name} are given for the estimator 'hutchinson' only, and always for it")
             if matrix.from_siblings:
                 if matrix.expert_of is None:
                     raise ValueError(f"{name} is no expert of a stack (expert_of), so from_siblings cannot be true")
@@ -231,13 +294,15 @@ class SensitivityReport:
         """The report as a text table, one matrix a line."""
         inverse = self.damping and f"inverse, block_size={self.block_size}, damping={self.damping:g}"
         labels = self.labels and f"labels from the {self.labels}"
-        source = ", ".join(part for part in (inverse, self.mode, labels) if part)
+        probes = self.hvp and f"{self.hvp}, {self.min_probes} to {self.probes} probes, tolerance={self.tolerance:g}"
+        source = ", ".join(part for part in (inverse, self.mode, labels, probes) if part)
         lines = [
             f"{self.model_id}: {self.estimator}{f' ({source})' if source else ''}, "
             f"{self.sequences} sequences, {self.tokens} tokens, k={self.k:g}, alpha={self.alpha:g}"
         ]
         header = ("matrix", "shape", "trace", "top-k mean", "effective rank", "% of m")
-        rows = [header] + [
+        rows: list[tuple[str, ...]] = [header]
+        rows += [
             (
                 name,
                 "{}x{}".format(*matrix.shape),
@@ -248,11 +313,29 @@ class SensitivityReport:
             )
             for name, matrix in self.matrices.items()
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        if self.hvp:
+            titles = ("probes", "tr H", "its error", "negative %", "top-k bias %", "rank bias %")
+            noise = [titles, *map(_noise, self.matrices.values())]
+            rows = [row + cells for row, cells in zip(rows, noise, strict=True)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for name, *numbers in rows:
             cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
             lines.append("  ".join([name.ljust(widths[0]), *cells]))
         return "\n".join(lines)
+
+
+def _noise(matrix: MatrixSensitivity) -> tuple[str, ...]:
+    """What the probes tell of themselves, as cells of the summary."""
+    probes = matrix.probes
+    assert probes is not None
+    biases = (matrix.topk_mean_bias, matrix.effective_rank_bias)
+    return (
+        str(probes.count),
+        f"{probes.trace:.4g}",
+        f"{probes.standard_error:.2g}",
+        f"{100 * probes.negative_mass:.1f}",
+        *("" if bias is None else f"{100 * bias:.1f}" for bias in biases),
+    )
 
 
 _adapter = TypeAdapter(SensitivityReport)
