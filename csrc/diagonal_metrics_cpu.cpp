@@ -1,4 +1,4 @@
-// Trace, mean of the largest values and effective rank of a non-negative vector, exactly and without sorting.
+// Trace, mean of the largest values and effective rank of non-negative vectors, exactly and without sorting.
 //
 // The bit patterns of non-negative floats are ordered as the floats are. One pass counts the values by the upper 16
 // bits of their pattern and adds up the lower 16 (values that share the upper 16 bits share an exponent, so those
@@ -11,7 +11,7 @@
 #include <mutex>
 #include <vector>
 
-#include "common.h"
+#include "diagonal_metrics.h"
 
 namespace sensilora {
 namespace {
@@ -177,8 +177,8 @@ Metrics metrics_of(const Groups& groups, int64_t count, double alpha, const Refi
 }
 
 // How values that have no metrics are reported.
-constexpr Metrics kNonFinite{NAN, NAN, -1};
-constexpr Metrics kNegative{NAN, NAN, -2};
+constexpr Metrics kNonFinite{NAN, NAN, kNonFiniteDiagonal};
+constexpr Metrics kNegative{NAN, NAN, kNegativeDiagonal};
 
 template <class T>
 struct Format;
@@ -344,34 +344,36 @@ Metrics metrics(const void* data, int64_t size, int64_t count, double alpha) {
 }
 
 template <class T>
-Tensor scalar(const Tensor& like, ScalarType type, T value) {
-  Tensor result = torch::stable::new_empty(like, {}, type);
-  *static_cast<T*>(result.mutable_data_ptr()) = value;
-  return result;
+Tensor vector_of(const Tensor& like, ScalarType type, const std::vector<Metrics>& results, T Metrics::*member) {
+  const Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(results.size())}, type);
+  auto* to = static_cast<T*>(out.mutable_data_ptr());
+  for (const Metrics& result : results) *to++ = result.*member;
+  return out;
 }
 
-// diag (m,) float32, bfloat16 or float16; count, how many of the largest values to average, in [1, m]; alpha in (0, 1].
-// Gives (trace float64, mean of the largest float64, effective rank int64), where the effective rank is the smallest
-// j whose j largest values sum to at least alpha * trace, and 0 where the trace is 0. Sums are exact and rounded
-// once. An empty diag gives zeros. A NaN or Inf gives effective rank -1, else a negative value -2; so the caller
-// words the error.
-std::tuple<Tensor, Tensor, Tensor> diagonal_metrics(const Tensor& diag, int64_t count, double alpha) {
+DiagonalMetrics diagonal_metrics(std::vector<Tensor> diags, std::vector<int64_t> counts, double alpha) {
   const NoGrad guard;
-  STD_TORCH_CHECK(diag.dim() == 1, "diag must have 1 dimension, not ", diag.dim());
-  const int64_t size = diag.numel();
-  STD_TORCH_CHECK(size == 0 || (count >= 1 && count <= size), "count must be in [1, ", size, "], not ", count);
-  STD_TORCH_CHECK(alpha > 0 && alpha <= 1, "alpha must be in (0, 1], not ", alpha);
-  const Tensor values = torch::stable::contiguous(diag);
-  const void* data = values.const_data_ptr();
-  Metrics result{};
-  switch (diag.scalar_type()) {
-    case ScalarType::Float: result = metrics<float>(data, size, count, alpha); break;
-    case ScalarType::BFloat16: result = metrics<BFloat16>(data, size, count, alpha); break;
-    case ScalarType::Half: result = metrics<Half>(data, size, count, alpha); break;
-    default: STD_TORCH_CHECK(false, "diag must be float32, bfloat16 or float16");
-  }
-  return {scalar(diag, ScalarType::Double, result.trace), scalar(diag, ScalarType::Double, result.topk_mean),
-          scalar(diag, ScalarType::Long, result.effective_rank)};
+  check_diagonals(diags, counts, alpha);
+  for (Tensor& diag : diags) diag = torch::stable::contiguous(diag);
+  const ScalarType type = diags[0].scalar_type();
+  std::vector<Metrics> results(diags.size());
+  const auto measure = [&](size_t i) {
+    const void* data = diags[i].const_data_ptr();
+    const int64_t size = diags[i].numel();
+    results[i] = type == ScalarType::Float      ? metrics<float>(data, size, counts[i], alpha)
+                 : type == ScalarType::BFloat16 ? metrics<BFloat16>(data, size, counts[i], alpha)
+                                                : metrics<Half>(data, size, counts[i], alpha);
+  };
+  // Threads share out the values of a large diagonal, but small ones among themselves.
+  torch::stable::parallel_for(0, static_cast<int64_t>(diags.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      if (diags[i].numel() < kFew) measure(i);
+  });
+  for (size_t i = 0; i < diags.size(); ++i)
+    if (diags[i].numel() >= kFew) measure(i);
+  return {vector_of(diags[0], ScalarType::Double, results, &Metrics::trace),
+          vector_of(diags[0], ScalarType::Double, results, &Metrics::topk_mean),
+          vector_of(diags[0], ScalarType::Long, results, &Metrics::effective_rank)};
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 STABLE_TORCH_LIBRARY(sensilora_C, m) {
   m.def("autocorrelation_diag(Tensor x, Tensor? mask, Tensor(a!) out, bool accumulate) -> ()");
   m.def("fisher_diag(Tensor x, Tensor grad, Tensor lengths, int mode, Tensor(a!) out, bool accumulate) -> ()");
-  m.def("diagonal_metrics(Tensor diag, int count, float alpha) -> (Tensor, Tensor, Tensor)");
+  m.def("diagonal_metrics(Tensor[] diags, int[] counts, float alpha) -> (Tensor, Tensor, Tensor)");
   m.def("hutchinson_accumulate(Tensor hz, Tensor(a!) out, int seed, int offset) -> ()");
   m.def("rademacher(Tensor(a!) out, int seed, int offset) -> ()");
   m.def(

@@ -3,7 +3,7 @@
 from sensilora.ops._backend import use_backend
 from sensilora.ops.autocorrelation_blocks import autocorrelation_blocks
 from sensilora.ops.autocorrelation_diag import autocorrelation_diag
-from sensilora.ops.diagonal_metrics import DiagonalMetrics, diagonal_metrics
+from sensilora.ops.diagonal_metrics import DiagonalMetrics, diagonal_metrics, diagonal_metrics_batch
 from sensilora.ops.fisher_diag import fisher_diag
 from sensilora.ops.hutchinson import hutchinson_accumulate, rademacher
 from sensilora.ops.lora_group import lora_group
@@ -15,6 +15,7 @@ __all__ = [
     "autocorrelation_blocks",
     "autocorrelation_diag",
     "diagonal_metrics",
+    "diagonal_metrics_batch",
     "fisher_diag",
     "hutchinson_accumulate",
     "lora_group",

@@ -1,9 +1,9 @@
 """The one place that picks a backend for an op.
 
 Three backends: ``triton``; ``native`` (C++ on CPU tensors, CUDA on CUDA tensors: torch's dispatcher separates
-them); ``torch`` (the plain reference, which serves everything). CUDA tensors take the first that can serve of
-triton, native, torch; CPU tensors of native, torch. Triton serves CPU tensors only when asked for by name and
-only under its interpreter (``TRITON_INTERPRET=1``).
+them); ``torch`` (the plain reference, which serves everything). A call takes the first that can serve in the order of
+its op's entry in the table: triton, native, torch, unless the op's file says why not. Triton serves CPU tensors only
+when asked for by name and only under its interpreter (``TRITON_INTERPRET=1``).
 
 A backend asked for by `use_backend` or ``SENSILORA_BACKEND`` either serves the call or raises `BackendError`
 with the reason. An error inside a kernel is never turned into a fallback.
@@ -24,7 +24,8 @@ import torch
 from sensilora.errors import BackendError
 
 BACKENDS = ("triton", "native", "torch")
-_ORDER = {"cuda": ("triton", "native", "torch"), "cpu": ("native", "torch")}
+# Those that serve without being asked for by name; on other devices torch alone.
+_UNASKED = {"cuda": frozenset(BACKENDS), "cpu": frozenset({"native", "torch"})}
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -48,7 +49,7 @@ _forced: list[str] = []
 
 
 def register(op: str, **implementations: Implementation) -> None:
-    """Enter an op's implementations, by backend name, into the table. ``torch`` must be among them."""
+    """Enter an op's implementations, by backend name and the best first, into the table. ``torch`` must be there."""
     _table[op] = implementations
 
 
@@ -115,8 +116,9 @@ def serving(op: str, device: torch.device, dtype: torch.dtype) -> str:
         if reason is not None:
             raise BackendError(f"backend {forced!r} was asked for but cannot serve {op} on {device.type}: {reason}")
         return forced
-    for name in _ORDER.get(device.type, ("torch",)):
-        if why_not(op, name, device.type, dtype) is None:
+    unasked = _UNASKED.get(device.type, frozenset({"torch"}))
+    for name in _table[op]:
+        if name in unasked and why_not(op, name, device.type, dtype) is None:
             return name
     raise BackendError(f"no backend serves {op} on {device.type} tensors of {dtype}")
 

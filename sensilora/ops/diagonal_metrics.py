@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ _NON_FINITE, _NEGATIVE = -1, -2
 
 
 class DiagonalMetrics(NamedTuple):
-    """The metrics of one matrix's Hessian diagonal, as 0-dim tensors on the diagonal's device.
+    """The metrics of Hessian diagonals on their device: 0-dim for one diagonal, (n,) for n of them.
 
     Attributes:
         trace: Σ λ_i, fp64 (Sensitivity-LoRA, eq. 8).
@@ -48,12 +49,39 @@ def diagonal_metrics(diag: Tensor, *, k: float = 0.5, alpha: float = 0.85) -> Di
         NonFiniteError: `diag` holds a NaN or Inf.
         BackendError: a backend was asked for that cannot serve.
     """
+    return DiagonalMetrics(*(value[0] for value in diagonal_metrics_batch([diag], k=k, alpha=alpha)))
+
+
+def diagonal_metrics_batch(diags: Sequence[Tensor], *, k: float = 0.5, alpha: float = 0.85) -> DiagonalMetrics:
+    """`diagonal_metrics` of many diagonals at once: the device is waited for once, not once a diagonal.
+
+    Args:
+        diags: at least one; of any shapes and sizes, but of one dtype and on one device.
+        k, alpha: those of `diagonal_metrics`, for each diagonal.
+
+    Returns:
+        `DiagonalMetrics` of shape (len(diags),), in the order of `diags`.
+
+    Raises:
+        ValueError: as `diagonal_metrics`; or `diags` is empty, or of several dtypes or devices.
+        NonFiniteError: one of `diags` holds a NaN or Inf; the message says which.
+        BackendError: a backend was asked for that cannot serve.
+    """
     for name, value in (("k", k), ("alpha", alpha)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} must be in (0, 1], not {value}")
-    if not diag.is_floating_point():
-        raise ValueError(f"diag must be floating-point, not {diag.dtype}")
-    return DiagonalMetrics(*_diagonal_metrics(diag, topk_count(diag.numel(), k), alpha))
+    if not diags:
+        raise ValueError("diags must hold at least one tensor")
+    for diag in diags:
+        if not diag.is_floating_point():
+            raise ValueError(f"diag must be floating-point, not {diag.dtype}")
+        if diag.dtype != diags[0].dtype or diag.device != diags[0].device:
+            raise ValueError(
+                f"diags must share a dtype and a device, not {diags[0].dtype} on {diags[0].device} "
+                f"and {diag.dtype} on {diag.device}"
+            )
+    counts = [topk_count(diag.numel(), k) for diag in diags]
+    return DiagonalMetrics(*_diagonal_metrics(list(diags), counts, alpha))
 
 
 def topk_count(m: int, k: float) -> int:
@@ -61,7 +89,17 @@ def topk_count(m: int, k: float) -> int:
     return max(1, math.floor(k * m + 1e-6))
 
 
-def _reference(diag: Tensor, count: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+# A backend takes flat contiguous diagonals, a count each and alpha, and gives trace, top-k mean and effective rank as
+# vectors with an element a diagonal.
+
+
+def _reference(diags: list[Tensor], counts: list[int], alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    metrics = [_reference_of_one(diag, count, alpha) for diag, count in zip(diags, counts, strict=True)]
+    trace, topk_mean, effective_rank = (torch.stack(values) for values in zip(*metrics, strict=True))
+    return trace, topk_mean, effective_rank
+
+
+def _reference_of_one(diag: Tensor, count: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     values = diag.double().sort(descending=True).values
     if values.numel() == 0:
         zero = values.new_zeros(())
@@ -76,52 +114,62 @@ def _reference(diag: Tensor, count: int, alpha: float) -> tuple[Tensor, Tensor, 
     return trace, values[:count].mean(), effective_rank
 
 
-def _native(diag: Tensor, count: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.sensilora_C.diagonal_metrics(diag, count, alpha)
+def _native(diags: list[Tensor], counts: list[int], alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.sensilora_C.diagonal_metrics(diags, counts, alpha)
 
 
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _backend.register(
     "diagonal_metrics",
-    native=Implementation(_native, frozenset({torch.float32, torch.bfloat16, torch.float16})),
+    native=Implementation(_native, _DTYPES),
     torch=Implementation(_reference),
 )
 
 
 @torch.library.custom_op("sensilora::diagonal_metrics", mutates_args=())
-def _diagonal_metrics(diag: Tensor, count: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = _backend.select("diagonal_metrics", diag.device, diag.dtype)
-    trace, topk_mean, effective_rank = implementation(diag.contiguous().reshape(-1), count, alpha)
-    code = int(effective_rank)
-    if code == _NON_FINITE:
-        raise NonFiniteError("diag holds a NaN or Inf; find the layer or batch it comes from")
-    if code == _NEGATIVE:
-        raise ValueError("diag holds a negative value; clamp the diagonal at zero first and report the mass removed")
-    return trace, topk_mean, effective_rank
+def _diagonal_metrics(diags: list[Tensor], counts: list[int], alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    implementation = _backend.select("diagonal_metrics", diags[0].device, diags[0].dtype)
+    metrics = implementation([diag.contiguous().reshape(-1) for diag in diags], counts, alpha)
+    # The one place that waits for the device.
+    for index, code in enumerate(metrics[2].tolist()):
+        name = "diag" if len(diags) == 1 else f"diags[{index}]"
+        if code == _NON_FINITE:
+            raise NonFiniteError(f"{name} holds a NaN or Inf; find the layer or batch it comes from")
+        if code == _NEGATIVE:
+            raise ValueError(
+                f"{name} holds a negative value; clamp the diagonal at zero first and report the mass removed"
+            )
+    return metrics
 
 
 @_diagonal_metrics.register_fake
-def _(diag: Tensor, count: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(diags: list[Tensor], counts: list[int], alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (len(diags),)
     return (
-        diag.new_empty((), dtype=torch.float64),
-        diag.new_empty((), dtype=torch.float64),
-        diag.new_empty((), dtype=torch.int64),
+        diags[0].new_empty(shape, dtype=torch.float64),
+        diags[0].new_empty(shape, dtype=torch.float64),
+        diags[0].new_empty(shape, dtype=torch.int64),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    diag, ctx.count, _ = inputs
-    ctx.save_for_backward(diag)
+    diags, ctx.counts, _ = inputs
+    ctx.save_for_backward(*diags)
 
 
 def _backward(ctx, grad_trace: Tensor, grad_topk_mean: Tensor, _grad_effective_rank):
-    (diag,) = ctx.saved_tensors
-    flat = diag.reshape(-1)
-    count = min(ctx.count, flat.numel())
-    grad = grad_trace.to(diag.dtype).expand_as(flat)
-    if count:
-        top = torch.zeros_like(flat).index_fill(0, flat.topk(count).indices, 1 / count)
-        grad = grad + top * grad_topk_mean.to(diag.dtype)
-    return grad.reshape(diag.shape), None, None
+    grads = []
+    for diag, count, of_trace, of_topk_mean in zip(
+        ctx.saved_tensors, ctx.counts, grad_trace, grad_topk_mean, strict=True
+    ):
+        flat = diag.reshape(-1)
+        count = min(count, flat.numel())
+        grad = of_trace.to(diag.dtype).expand_as(flat)
+        if count:
+            top = torch.zeros_like(flat).index_fill(0, flat.topk(count).indices, 1 / count)
+            grad = grad + top * of_topk_mean.to(diag.dtype)
+        grads.append(grad.reshape(diag.shape))
+    return grads, None, None
 
 
 _diagonal_metrics.register_autograd(_backward, setup_context=_setup_context)

@@ -21,6 +21,9 @@
 struct uint2 {
   uint32_t x, y;
 };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -128,6 +131,11 @@ inline void __syncthreads() {
 inline uint32_t __shfl_xor_sync(uint32_t, uint32_t value, int lanes) {
   const unsigned lane = threadIdx.x % 32;
   return cuda_on_cpu::exchange<1>({value})[lane ^ lanes][0];
+}
+
+template <class T>
+T __ldcs(const T* at) {
+  return *at;
 }
 
 // Threads take turns only where they wait, so nothing comes in between.

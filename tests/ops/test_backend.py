@@ -10,7 +10,8 @@ from sensilora.errors import BackendError
 from sensilora.ops import _backend, autocorrelation_diag
 
 
-def test_a_forced_backend_that_cannot_serve_says_why():
+def test_a_forced_backend_that_cannot_serve_says_why(monkeypatch):
+    monkeypatch.delitem(_backend._table["diagonal_metrics"], "triton", raising=False)
     with sensilora.use_backend("triton"), pytest.raises(BackendError, match="has no triton implementation"):
         sensilora.ops.diagonal_metrics(torch.ones(3))
 
@@ -71,6 +72,18 @@ def test_triton_without_its_interpreter_says_how(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "wrongly" in _backend.why_not("autocorrelation_diag", "triton", "cpu", torch.bfloat16)
     assert _backend.why_not("autocorrelation_diag", "triton", "cpu", torch.float32) is None
+
+
+def test_the_order_of_an_op_in_the_table_is_its_order(monkeypatch):
+    monkeypatch.setattr(_backend, "why_not", lambda op, backend, device, dtype: None)
+    implementation = _backend.Implementation(lambda: None)
+    monkeypatch.setitem(_backend._table, "an_op", dict.fromkeys(["native", "triton", "torch"], implementation))
+    assert _backend.serving("an_op", torch.device("cuda"), torch.float32) == "native"
+    monkeypatch.setitem(_backend._table, "an_op", dict.fromkeys(["triton", "native", "torch"], implementation))
+    assert _backend.serving("an_op", torch.device("cuda"), torch.float32) == "triton"
+    # The interpreter is asked for by name only.
+    assert _backend.serving("an_op", torch.device("cpu"), torch.float32) == "native"
+    assert _backend.serving("an_op", torch.device("mps"), torch.float32) == "torch"
 
 
 def test_every_op_has_a_reference():

@@ -4,6 +4,7 @@ import bisect
 import importlib
 import importlib.util
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -234,6 +235,11 @@ def test_fisher_needs_one_dtype():
 # --- diagonal_metrics
 
 
+def metrics(diag, count, alpha):
+    """(trace, mean of the largest, effective rank) of one diagonal."""
+    return tuple(value.item() for value in OPS.diagonal_metrics([diag], [count], alpha))
+
+
 def check_metrics(diag, cuts):
     """Each (count, alpha) of `cuts` against exact sums, in integers of 2^-149; the threshold is a rounded product."""
     values = sorted((int(Fraction(value) * 2**149) for value in diag.double().tolist()), reverse=True)
@@ -246,7 +252,7 @@ def check_metrics(diag, cuts):
             float(Fraction(reached[count - 1], 2**149)) / count,
             bisect.bisect_left(reached, needed) + 1 if total else 0,
         )
-        assert tuple(map(float, OPS.diagonal_metrics(diag, count, alpha))) == want
+        assert metrics(diag, count, alpha) == want
 
 
 # 2^14 is where the method changes, 2^20 the size of a chunk.
@@ -283,7 +289,7 @@ def test_metrics_of_two_chunks_match_sorting(threads):
     diag = torch.randn(2**20 + 1234).square()
     values = diag.double().sort(descending=True).values
     reached = values.cumsum(0)
-    results = with_threads(threads, lambda: [float(v) for v in OPS.diagonal_metrics(diag, 500_000, 0.85)])
+    results = with_threads(threads, lambda: metrics(diag, 500_000, 0.85))
     assert results[0] == results[1] == results[2]
     trace, topk_mean, effective_rank = results[0]
     assert trace == pytest.approx(float(reached[-1]), rel=1e-11)
@@ -299,37 +305,53 @@ def test_metrics_of_two_chunks_match_sorting(threads):
 def test_invalid_diagonals_are_told_by_a_code(size, dtype, bad, code):
     diag = torch.rand(size).to(dtype)
     diag[size // 3] = bad
-    trace, topk_mean, effective_rank = OPS.diagonal_metrics(diag, 10, 0.85)
-    assert int(effective_rank) == code
-    assert trace.isnan()
-    assert topk_mean.isnan()
+    trace, topk_mean, effective_rank = metrics(diag, 10, 0.85)
+    assert effective_rank == code
+    assert math.isnan(trace)
+    assert math.isnan(topk_mean)
 
 
 @pytest.mark.parametrize("size", [100, 20000])
 def test_non_finite_comes_before_negative(size):
     diag = torch.rand(size)
     diag[3], diag[7] = -1.0, float("nan")
-    assert int(OPS.diagonal_metrics(diag, 10, 0.85)[2]) == -1
+    assert metrics(diag, 10, 0.85)[2] == -1
 
 
 def test_metrics_of_nothing():
-    assert [float(value) for value in OPS.diagonal_metrics(torch.empty(0), 1, 0.85)] == [0.0, 0.0, 0.0]
+    assert metrics(torch.empty(0), 1, 0.85) == (0.0, 0.0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_metrics_of_a_batch_are_those_of_each(threads, dtype):
+    diags = [torch.rand(size).square().to(dtype) for size in (0, 1, 31, 2**14 - 1, 2**14, 0, 30011, 777)]
+    counts = [max(1, diag.numel() // 3) for diag in diags]
+    diags[1][0] = -1.0
+    diags[6][9] = float("inf")
+    singles = [metrics(diag, count, 0.85) for diag, count in zip(diags, counts, strict=True)]
+    for trace, topk_mean, effective_rank in with_threads(threads, lambda: OPS.diagonal_metrics(diags, counts, 0.85)):
+        for i, single in enumerate(singles):
+            got = (trace[i].item(), topk_mean[i].item(), effective_rank[i].item())
+            assert got == pytest.approx(single, rel=0, abs=0, nan_ok=True)
+    assert [single[2] for single in singles][1::5] == [-2, -1]
 
 
 @pytest.mark.parametrize(
-    ("diag", "count", "alpha", "message"),
+    ("diags", "counts", "alpha", "message"),
     [
-        (torch.ones(3), 0, 0.5, "count must be in"),
-        (torch.ones(3), 4, 0.5, "count must be in"),
-        (torch.ones(3), 1, 0.0, "alpha must be in"),
-        (torch.ones(3), 1, float("nan"), "alpha must be in"),
-        (torch.ones(3, 1), 1, 0.5, "diag must have 1 dimension"),
-        (torch.ones(3).double(), 1, 0.5, "diag must be float32, bfloat16 or float16"),
+        ([torch.ones(3)], [0], 0.5, "count must be in"),
+        ([torch.ones(9), torch.ones(3)], [4, 4], 0.5, "count must be in"),
+        ([torch.ones(3)], [1], 0.0, "alpha must be in"),
+        ([torch.ones(3)], [1], float("nan"), "alpha must be in"),
+        ([torch.ones(3, 1)], [1], 0.5, "diags must have 1 dimension"),
+        ([torch.ones(3).double()], [1], 0.5, "diags must be float32, bfloat16 or float16"),
+        ([torch.ones(3), torch.ones(3).half()], [1, 1], 0.5, "diags must share a dtype"),
+        ([torch.ones(3), torch.ones(3)], [1], 0.5, "a count for each of 2 diags, not 1"),
     ],
 )
-def test_metrics_bad_input(diag, count, alpha, message):
+def test_metrics_bad_input(diags, counts, alpha, message):
     with pytest.raises(RuntimeError, match=message):
-        OPS.diagonal_metrics(diag, count, alpha)
+        OPS.diagonal_metrics(diags, counts, alpha)
 
 
 # --- dropout
