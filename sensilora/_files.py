@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors.torch import save
 
 from sensilora.errors import OutputExistsError
 
+# safetensors' names of dtypes, in the order in which it sorts tensors.
+_SAFETENSORS_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` to `path` by way of a temporary file in the same folder and an atomic rename."""
+
+@contextlib.contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A temporary file in `path`'s folder, open for writing: synced and renamed to `path` at the end, or removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -31,7 +54,13 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    return path
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write `data` to `path` by way of a temporary file in the same folder and an atomic rename."""
+    with replaced(path) as file:
+        file.write(data)
+    return Path(path)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -40,9 +69,39 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write tensors as safetensors with the metadata ``{"format": "pt"}`` that PEFT and vLLM expect."""
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return write_bytes(path, save(on_cpu, metadata={"format": "pt"}))
+    """Write tensors as safetensors with the metadata ``{"format": "pt"}`` that PEFT and vLLM expect.
+
+    Byte for byte the file of `safetensors.torch.save`, which however holds all tensors on the host, twice; here it is
+    one at a time.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # Wider dtypes first, so that every tensor is aligned to its own.
+    ranks = list(_SAFETENSORS_NAMES)
+    order = sorted(tensors, key=lambda name: (-ranks.index(tensors[name].dtype), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = _SAFETENSORS_NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replaced(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            values = tensors[name].detach().cpu().contiguous().reshape(-1)
+            file.write(values.view(torch.uint8).numpy().data)
+    return Path(path)
+
+
+def remove_all_but(folder: Path, pattern: str, keep: Container[str]) -> None:
+    """Remove the files in `folder` that match `pattern` and are not in `keep`, and what a kill left of such."""
+    for path in (*folder.glob(pattern), *folder.glob(f".{pattern}.*.part")):
+        if path.name not in keep:
+            path.unlink()
 
 
 #: Files that tell a folder this package wrote. `force` replaces no other folder, since replacing is deleting.

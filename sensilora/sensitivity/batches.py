@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -215,13 +216,23 @@ class Batch:
         )
 
 
-def progress_bar(batches: Iterable[Any], text: str, *, show: bool, total: int | None = None) -> tqdm:
+def progress_bar(
+    batches: Iterable[Any], text: str, *, show: bool, total: int | None = None, unit: str = "batch"
+) -> tqdm:
     """A bar over batches, on the main process only. The total is their number where ``len`` knows it."""
+    return tqdm(batches, desc=text, unit=unit, total=total, disable=not (show and _is_main()))
+
+
+def announce(text: str, *, show: bool) -> None:
+    """A line where the bars are, on the main process only."""
+    if show and _is_main():
+        tqdm.write(text, file=sys.stderr)
+
+
+def _is_main() -> bool:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        main = torch.distributed.get_rank() == 0
-    else:
-        main = os.environ.get("RANK", "0") == "0"
-    return tqdm(batches, desc=text, unit="batch", total=total, disable=not (show and main))
+        return torch.distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

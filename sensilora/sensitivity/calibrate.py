@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import platform
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,33 +18,43 @@ from torch import nn
 
 import sensilora
 from sensilora import ops
-from sensilora.errors import CalibrationError, NonFiniteError, TargetError
+from sensilora.errors import CalibrationError, NonFiniteError
 from sensilora.ops.fisher_diag import MODES
 from sensilora.sensitivity.activation import MAX_DAMPING, ActivationEstimator
-from sensilora.sensitivity.batches import Batch, progress_bar
+from sensilora.sensitivity.batches import announce
 from sensilora.sensitivity.capture import Matrix, frozen, group_tied, wrapped_forwards
+from sensilora.sensitivity.checkpoint import Checkpoint, identity
+from sensilora.sensitivity.diagonals import DiagonalWriter
 from sensilora.sensitivity.estimator import Estimator
 from sensilora.sensitivity.experts import ExpertStack, Observer, find_expert_stacks, followed_experts, with_siblings
 from sensilora.sensitivity.fisher import FisherEstimator, LossFunction
-from sensilora.sensitivity.head import untrained_heads, warmed_head
+from sensilora.sensitivity.head import head_parameters, untrained_heads, warmed_head
+from sensilora.sensitivity.hutchinson import HutchinsonEstimator
 from sensilora.sensitivity.report import (
     EstimatorName,
+    HessianProduct,
     LabelSource,
     MatrixSensitivity,
     Mode,
     SensitivityReport,
     Variant,
 )
+from sensilora.sensitivity.sweep import Sweep, describe_passes, of_head, parse_bytes, plan_passes
 from sensilora.targets import Targets, find_targets, fingerprint, model_id, stacked_experts, unwrapped
 
 # By name: the class, and which of `calibrate`'s arguments it takes.
 _ESTIMATORS: dict[str, tuple[type[Estimator], tuple[str, ...]]] = {
     "activation": (ActivationEstimator, ("variant", "block_size", "damping")),
     "fisher": (FisherEstimator, ("mode", "labels", "draws", "seed", "loss_fn", "shift_labels")),
+    "hutchinson": (
+        HutchinsonEstimator,
+        ("probes", "min_probes", "tolerance", "hvp", "seed", "k", "alpha", "loss_fn", "shift_labels"),
+    ),
 }
 ESTIMATORS = tuple(_ESTIMATORS)
 LABELS = ("data", "model")
 VARIANTS = ("diagonal", "inverse")
+HESSIAN_PRODUCTS = ("double_backward", "central_differences")
 
 
 def calibrate(
@@ -57,12 +71,21 @@ def calibrate(
     mode: Mode = "per_sequence",
     labels: LabelSource = "data",
     draws: int = 1,
+    probes: int = 64,
+    min_probes: int = 8,
+    tolerance: float = 0.05,
+    hvp: HessianProduct = "double_backward",
     seed: int = 0,
     k: float = 0.5,
     alpha: float = 0.85,
     loss_fn: LossFunction | None = None,
     shift_labels: bool | None = None,
     head_warmup_steps: int = 0,
+    memory_budget: str | int | None = None,
+    keep_diagonals: bool | str | os.PathLike[str] = False,
+    max_shard_size: str | int = "5GB",
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
     progress: bool = True,
 ) -> SensitivityReport:
     """Measure how sensitive the loss is to each weight matrix, before fine-tuning.
@@ -80,8 +103,13 @@ def calibrate(
       gradient of each label's term of the loss, (1/N) Σ_n Σ_t (∂ℓ_{n,t}/∂W)² (curvlinops' convention), with a
       backward pass for each label of the batch's longest sequence: for a language model up to T times the cost.
       Where a sequence has one label (classification, regression) it equals "per_sequence".
+    - "hutchinson": the diagonal of the loss's true Hessian, (1/N) Σ_n ∇²L_n, as the mean of z ⊙ Hz over random signs
+      z, drawn for one matrix at a time; out · in values. Negative values of the mean are set to 0, and the report
+      says how much that was, what the probes' noise is, and what half of them would give. A matrix's cost: for every
+      `min_probes` probes and batch a forward and a backward pass, and a product with the Hessian (about two backward
+      passes) for each probe and batch. The batches are kept on the model's device.
 
-    Padding (``attention_mask`` 0) never counts; nor do labels of -100 with Fisher ("activation" reads no labels, so a
+    Padding (``attention_mask`` 0) never counts; nor do labels of -100 ("activation" reads no labels, so there a
     prompt token whose label is ignored is still an input). A model under torch.compile or DistributedDataParallel is
     measured as the model inside. The model runs in eval mode. Its training mode,
     requires_grad, gradients, forwards, hooks and the random number generators are afterwards as they were, also after
@@ -93,7 +121,7 @@ def calibrate(
         batches: dicts of tensors as a tokenizer or collator makes them, any iterable or DataLoader. Labels under
             "labels" or "label"; they are not passed to the model, unless an encoder-decoder makes its decoder's
             inputs from them.
-        estimator: "activation" or "fisher".
+        estimator: "activation", "fisher" or "hutchinson".
         targets: which modules, see `sensilora.targets.find_targets`.
         experts: measure also the experts of a mixture that are stacked in one parameter (experts, ., .), each as a
             matrix of its own, named by the parameter and the expert ("model.layers.0.mlp.experts.down_proj.3").
@@ -112,15 +140,38 @@ def calibrate(
         labels: Fisher's labels: "data" (empirical Fisher) or "model" (sampled from the model's own distribution; in
             expectation the Gauss-Newton diagonal). Without labels in the batch, all that is not padding counts.
         draws: label samples a sequence; one backward pass each.
-        seed: of the label samples.
+        probes: "hutchinson": the most probes a matrix takes.
+        min_probes: the least, at least 2; they are also how many more are taken before the error is looked at again.
+        tolerance: the standard error of a matrix's trace, as a fraction of the trace, at which no more are taken.
+        hvp: how products with the Hessian are taken. "double_backward" is exact; torch's scaled dot-product
+            attention then takes its math backend, as the fused ones have no second derivative, and gradient
+            checkpointing must not be reentrant. "central_differences" of the gradients at W ± εz take two forward and
+            backward passes a probe, any operation, and err by about 5e-5 with fp32 weights, some percent with bf16.
+        seed: of the label samples and the probes.
         k: fraction of the diagonal that the top-k mean covers, in (0, 1].
         alpha: share of the trace that the effective rank must reach, in (0, 1].
         loss_fn: ``loss_fn(outputs, batch)``, for a model without logits or with a loss of its own: the scalar loss
             *summed* over the batch's sequences. The batch is on the model's device and has its labels.
         shift_labels: whether logits at a position are for the next position's label; None: true for causal language
             models by their class name (transformers' names).
-        head_warmup_steps: Fisher only: first train the classification head alone for so many batches (needs labels;
-            a one-shot iterable is kept in memory), and give it its weights back afterwards.
+        head_warmup_steps: not for "activation": first train the classification head alone for so many batches (needs
+            labels; a one-shot iterable is kept in memory), and give it its weights back afterwards.
+        memory_budget: for the running sums of the diagonals, which for "fisher" are out · in fp32 numbers a matrix:
+            bytes, or for example "24GB" or "24GiB". Matrices that do not fit together are measured in several passes
+            over `batches`, which must then be the same each time; how many, and the memory of each, is shown before
+            the first and is in the report. The numbers are those of one pass, bit for bit. Besides the sums there are
+            the model, its activations, and the working memory of one matrix. The sums of a single batch that takes
+            one backward pass (`draws` is 1) exist one at a time, so that it takes one pass.
+        keep_diagonals: write the diagonals too, in fp32, as safetensors files in this folder (True: "diagonals" in
+            the working folder) with an index, each as soon as it is finished; `Diagonals` reads them. No more than
+            one file's worth is in memory.
+        max_shard_size: of a file of diagonals.
+        checkpoint: a folder for the state, so that a run that was interrupted or killed goes on from there when it is
+            repeated with the same arguments, model and data, to the same numbers bit for bit. Batches that are in
+            the sums already are read, to know them again, and not run. Removed at the end. "hutchinson" goes on from
+            the last matrix that was finished.
+        checkpoint_every: batches between two states. Each takes as much room as the sums. Ctrl-C finishes the batch
+            at hand and saves one; a second Ctrl-C does not wait.
         progress: show a progress bar (main process only).
 
     Returns:
@@ -130,8 +181,10 @@ def calibrate(
         TargetError: no module matches `targets`, some matched module never ran, or `experts` is true and there are
             none in stacks.
         CalibrationError: an argument is invalid; the data is empty, not of dicts, or without the labels it needs; all
-            labels are ignored; a module's rows cannot be attributed to sequences; or no expert of a stack saw
-            `min_expert_tokens` tokens.
+            labels are ignored; a module's rows cannot be attributed to sequences; no expert of a stack saw
+            `min_expert_tokens` tokens; a matrix alone is above `memory_budget`, or `batches` can be read only once
+            and would have to be read again; or `checkpoint` is damaged, or of other arguments, model or data.
+        OutputExistsError: the folder for the diagonals is not empty.
         NonFiniteError: a NaN or Inf was met; the message names the parameter or module.
 
     Warns:
@@ -147,6 +200,10 @@ def calibrate(
         "mode": mode,
         "labels": labels,
         "draws": draws,
+        "probes": probes,
+        "min_probes": min_probes,
+        "tolerance": tolerance,
+        "hvp": hvp,
         "seed": seed,
         "k": k,
         "alpha": alpha,
@@ -156,6 +213,7 @@ def calibrate(
     }
     _check_arguments(estimator, mode, labels, draws, k, alpha, loss_fn, head_warmup_steps)
     _check_variant(estimator, variant, block_size, damping)
+    _check_probes(probes, min_probes, tolerance, hvp)
     model = unwrapped(model)
     modules = find_targets(model, targets)
     matrices = group_tied(modules)
@@ -172,12 +230,30 @@ def calibrate(
         raise CalibrationError(
             f"batches is a {type(batches).__name__}; give an iterable of batches, for example [batch] or a DataLoader"
         )
+    budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
+    shard_bytes = parse_bytes("max_shard_size", max_shard_size)
+    if checkpoint_every < 1:
+        raise CalibrationError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
     if head_warmup_steps and isinstance(batches, Iterator):
         batches = list(batches)
     if estimator != "activation":
         _warn_of_untrained_head(model, head_warmup_steps)
     kind, options = _ESTIMATORS[estimator]
     observer = kind(model, modules, matrices, **{name: arguments[name] for name in options})
+    watched_experts = _watched_experts(model, observer, holders)
+    passes = plan_passes(_distinct(matrices), observer, batches, budget)
+    if budget is not None:
+        announce(describe_passes(passes, budget), show=progress)
+    folder = Path("diagonals") if keep_diagonals is True else Path(keep_diagonals) if keep_diagonals else None
+    state, saved = None, None
+    if checkpoint is not None:
+        arguments |= {"estimator": estimator, "memory_budget": budget, "keep_diagonals": folder and folder.resolve()}
+        arguments["targets"] = [matrix.name for matrix in _distinct(matrices)]
+        state = Checkpoint(checkpoint, checkpoint_every, identity(model, arguments))
+        saved = state.read()
+    writer = None
+    if folder is not None:
+        writer = DiagonalWriter(folder, shard_bytes, {} if saved is None else saved[0]["diagonals"])
     warmed = warmed_head(
         model,
         batches,
@@ -186,22 +262,34 @@ def calibrate(
         loss_fn=loss_fn,
         shift_labels=shift_labels,
         progress=progress,
+        trained=None if saved is None else of_head(saved[1]),
     )
-    with frozen(model), warmed:
-        with (
-            wrapped_forwards(modules, observer.wrap),
-            _watched_experts(model, observer, holders),
-            progress_bar(batches, f"calibrating ({estimator})", show=progress) as bar,
-        ):
-            for raw in bar:
-                observer.observe(Batch(raw, model))
-        _check_coverage(observer, {name: matrices[name] for name in modules})
-        # An expert that no token reached has no diagonal.
-        ran = [matrix for matrix in _distinct(matrices) if matrix.calls]
-        measured = {matrix.name: _measure(observer, matrix, k, alpha) for matrix in ran}
+    watched = wrapped_forwards(modules, observer.wrap)
+    with frozen(model), warmed, watched, watched_experts:
+        sweep = Sweep(
+            model,
+            observer,
+            batches,
+            passes,
+            measure=partial(_measure, observer, k=k, alpha=alpha, writer=writer),
+            text=f"calibrating ({estimator})",
+            progress=progress,
+            checkpoint=state,
+            writer=writer,
+            head=head_parameters(model) if head_warmup_steps else {},
+        )
+        if saved is not None:
+            sweep.restore(*saved)
+        try:
+            sweep.run()
+        except BaseException:
+            if writer is not None and state is None:
+                writer.discard()
+            raise
+    measured = {matrix.name: sweep.measured[matrix.name] for matrix in _distinct(matrices) if matrix.calls}
     of_experts = with_siblings(stacks, measured, min_expert_tokens)
     measured = {name: found for name, found in measured.items() if name in modules} | of_experts
-    return SensitivityReport(
+    report = SensitivityReport(
         estimator=estimator,
         variant=variant,
         block_size=block_size if variant == "inverse" else None,
@@ -209,10 +297,15 @@ def calibrate(
         mode=mode if estimator == "fisher" else None,
         labels=labels if estimator == "fisher" else None,
         draws=draws if estimator == "fisher" else 1,
+        hvp=hvp if estimator == "hutchinson" else None,
+        probes=probes if estimator == "hutchinson" else None,
+        min_probes=min_probes if estimator == "hutchinson" else None,
+        tolerance=tolerance if estimator == "hutchinson" else None,
         seed=seed,
         tokens=observer.tokens,
         sequences=observer.sequences,
         min_expert_tokens=min_expert_tokens if experts else None,
+        passes=tuple(one.bytes for one in passes),
         k=k,
         alpha=alpha,
         model_id=model_id(model),
@@ -220,6 +313,11 @@ def calibrate(
         versions=_versions(),
         matrices=measured,
     )
+    if writer is not None:
+        writer.close(report)
+    if state is not None:
+        state.remove()
+    return report
 
 
 def _check_arguments(
@@ -232,8 +330,6 @@ def _check_arguments(
     loss_fn: LossFunction | None,
     head_warmup_steps: int,
 ) -> None:
-    if estimator == "hutchinson":
-        raise CalibrationError("the estimator 'hutchinson' is not available in this version; use 'fisher'")
     for name, value, choices in (
         ("estimator", estimator, ESTIMATORS),
         ("mode", mode, MODES),
@@ -254,8 +350,12 @@ def _check_arguments(
         )
     if estimator == "activation" and (labels != "data" or loss_fn is not None):
         raise CalibrationError("the activation estimator reads no labels and no loss; leave labels and loss_fn out")
-    if head_warmup_steps < 0 or (head_warmup_steps and estimator != "fisher"):
-        raise CalibrationError(f"head_warmup_steps={head_warmup_steps}: it must be 0, or positive with 'fisher'")
+    if estimator == "hutchinson" and labels != "data":
+        raise CalibrationError("the Hessian is of the loss on the data's labels; use 'fisher' for labels='model'")
+    if head_warmup_steps < 0 or (head_warmup_steps and estimator == "activation"):
+        raise CalibrationError(
+            f"head_warmup_steps={head_warmup_steps}: it must be 0, or positive with 'fisher' or 'hutchinson'"
+        )
 
 
 def _check_variant(estimator: str, variant: str, block_size: int, damping: float) -> None:
@@ -267,6 +367,15 @@ def _check_variant(estimator: str, variant: str, block_size: int, damping: float
         raise CalibrationError(f"block_size must be at least 1, not {block_size}")
     if not 0 < damping <= MAX_DAMPING:
         raise CalibrationError(f"damping must be in (0, {MAX_DAMPING:g}], not {damping}")
+
+
+def _check_probes(probes: int, min_probes: int, tolerance: float, hvp: str) -> None:
+    if not 2 <= min_probes <= probes:
+        raise CalibrationError(f"min_probes={min_probes}: it must be at least 2 and at most probes={probes}")
+    if not 0 <= tolerance < math.inf:
+        raise CalibrationError(f"tolerance must be 0 or a positive number, not {tolerance}")
+    if hvp not in HESSIAN_PRODUCTS:
+        raise CalibrationError(f"hvp {hvp!r} is unknown; choose one of {', '.join(HESSIAN_PRODUCTS)}")
 
 
 def _check_parameters(model: nn.Module) -> None:
@@ -315,26 +424,10 @@ def _distinct(matrices: Mapping[str, Matrix]) -> list[Matrix]:
     return [matrix for name, matrix in matrices.items() if name == matrix.name]
 
 
-def _check_coverage(observer: Estimator, matrices: Mapping[str, Matrix]) -> None:
-    """The data had sequences and tokens that count, and every matrix ran."""
-    if not observer.batches:
-        raise CalibrationError("the calibration data is empty; give at least one batch")
-    if not observer.tokens:
-        raise CalibrationError("the attention_mask of every calibration batch is 0 everywhere; no token counts")
-    if not observer.sequences:
-        raise CalibrationError(
-            "every label of the calibration data is ignored (-100, or padding by the attention_mask); "
-            "no sequence counts"
-        )
-    unseen = [matrix.name for matrix in _distinct(matrices) if not matrix.calls]
-    if unseen:
-        raise TargetError(
-            f"{len(unseen)} target modules never ran in any batch ({', '.join(unseen[:5])}"
-            f"{', ...' if len(unseen) > 5 else ''}); leave them out of targets, or give data that reaches them"
-        )
-
-
-def _measure(observer: Estimator, matrix: Matrix, k: float, alpha: float) -> MatrixSensitivity:
+def _measure(
+    observer: Estimator, matrix: Matrix, *, k: float, alpha: float, writer: DiagonalWriter | None
+) -> MatrixSensitivity:
+    """Reduce a matrix's finished diagonal to its numbers, and let go of it."""
     diagonal = observer.diagonal(matrix)
     matrix.diagonal = None
     if not bool(diagonal.isfinite().all()):
@@ -343,6 +436,8 @@ def _measure(observer: Estimator, matrix: Matrix, k: float, alpha: float) -> Mat
             "calibrate in bfloat16 or float32"
         )
     metrics = ops.diagonal_metrics(diagonal, k=k, alpha=alpha)
+    if writer is not None:
+        writer.add(matrix.name, diagonal)
     return MatrixSensitivity(
         shape=matrix.shape,
         trace=float(metrics.trace),
@@ -353,6 +448,7 @@ def _measure(observer: Estimator, matrix: Matrix, k: float, alpha: float) -> Mat
         aliases=tuple(matrix.modules[1:]),
         damping=matrix.damping,
         attempts=matrix.attempts,
+        probes=matrix.probes,
     )
 
 

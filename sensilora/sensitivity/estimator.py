@@ -55,6 +55,11 @@ class Estimator(abc.ABC):
         """Whether a matrix's whole share of a batch comes at once, so that of a single batch no sum is kept."""
         return False
 
+    @property
+    def keeps_batches(self) -> bool:
+        """Whether the work is done in `diagonal`, on the batches that were observed, and not in `observe`."""
+        return False
+
     def rewind(self) -> None:
         """Forget the counters before another pass over the data."""
         self.batches = self.tokens = self.sequences = 0

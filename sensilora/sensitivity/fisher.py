@@ -35,14 +35,15 @@ from sensilora.sensitivity.losses import Likelihood, likelihood
 LossFunction = Callable[[Any, dict[str, Any]], Tensor]
 
 # Powers of two, undone exactly: gradients of fp16 models would otherwise underflow.
-_FP16_LOSS_SCALE = 2.0**10
+FP16_LOSS_SCALE = 2.0**10
 
 
 class _Probe(torch.autograd.Function):
     """The identity on a linear module's output; its backward hands (input, output gradient) on.
 
     Works with frozen weights because `anchor` requires a gradient (it gets none), and under both modes of gradient
-    checkpointing: the saved input obeys the checkpoint, and the backward runs exactly once.
+    checkpointing: the saved input obeys the checkpoint, and the backward runs exactly once. Without `deliver` it only
+    passes gradients on, so that all passes over the data differentiate one and the same graph.
     """
 
     @staticmethod
@@ -57,7 +58,8 @@ class _Probe(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         (x,) = ctx.saved_tensors
-        ctx.deliver(x, grad_output)
+        if ctx.deliver is not None:
+            ctx.deliver(x, grad_output)
         return grad_output, None, None, None
 
 
@@ -106,11 +108,12 @@ class FisherEstimator(Estimator):
         self.mode, self.labels, self.draws, self.seed = mode, labels, draws, seed
         self.loss_fn, self.shift_labels = loss_fn, shift_labels
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-        self._scale = _FP16_LOSS_SCALE if half else 1.0
+        self._scale = FP16_LOSS_SCALE if half else 1.0
+        self._double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
         self._anchor = torch.zeros((), requires_grad=True)
         self._counting = False
         self._calls: dict[str, _Calls] = {}
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._last_backward = False
 
     def wrap(self, name: str, module: nn.Module, forward: Forward) -> Forward:
         matrix = self.matrices[name]
@@ -128,6 +131,8 @@ class FisherEstimator(Estimator):
 
     def watch(self, matrix: Matrix, x: Tensor, rows: Rows, product: Callable[[], Tensor]) -> Tensor:
         """The output of a matrix's `product` with `x`, whose gradient will be received."""
+        if not matrix.active:
+            return _Probe.apply(product(), None, self._anchor, None)
         # A checkpoint runs the forward again during backward; that is not another call.
         if self._counting:
             calls = self._calls.setdefault(matrix.name, _Calls())
@@ -153,6 +158,8 @@ class FisherEstimator(Estimator):
         # A backward pass of "per_loss_term" is of one term a sequence.
         convention = "per_position" if self.mode == "per_position" else "per_sequence"
         ops.fisher_diag(x, grad_output, mode=convention, lengths=lengths, out=out)
+        if self.finish is not None and self._last_backward:
+            self.finish(matrix)
 
     def observe(self, batch: Batch) -> None:
         self.batch = batch
@@ -170,12 +177,12 @@ class FisherEstimator(Estimator):
                 sequences, losses = found.sequences, self._losses(found, batch, terms)
                 passes *= len(terms)
             del outputs
+            self.sequences += sequences
             if sequences:
                 for done, loss in enumerate(losses, 1):
                     self._backward(loss, batch, keep=done < passes)
         self.batches += 1
         self.tokens += batch.streams[0].tokens if batch.streams else batch.size
-        self.sequences += sequences
         self.batch = None
 
     def _root(self, name: str, module: nn.Module, forward: Forward) -> Forward:
@@ -194,10 +201,7 @@ class FisherEstimator(Estimator):
             return
         if not bool(found.logits.logsumexp(-1).isfinite().all()):
             raise_non_finite(self.model, self.modules, batch, "the model's output")
-        device = found.logits.device
-        generator = self._generators.get(device)
-        if generator is None:
-            generator = self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        generator = torch.Generator(found.logits.device).manual_seed(_seed_of_batch(self.seed, self.batches))
         for _ in range(self.draws):
             labels = found.sample(generator)
             yield from (found.loss(labels, term) for term in terms)
@@ -212,6 +216,7 @@ class FisherEstimator(Estimator):
             )
         for calls in self._calls.values():
             calls.received = 0
+        self._last_backward = not keep
         # Not autograd.grad, which reentrant checkpoints refuse. No leaf here but the anchor, which gets no gradient.
         (loss * self._scale).backward(retain_graph=keep)
         for name, calls in self._calls.items():
@@ -225,16 +230,19 @@ class FisherEstimator(Estimator):
                 self._add(self.matrices[name], calls)
 
     def diagonal(self, matrix: Matrix) -> Tensor:
-        """(out_features, in_features): mean over sequences and draws of the squared gradient."""
+        """(out_features, in_features): mean over sequences and draws of the squared gradient, in the sum's memory."""
         if matrix.diagonal is None:
             # It ran, but the loss does not depend on it.
             return torch.zeros(matrix.shape)
-        return matrix.diagonal * self._scale**-2 / (self.sequences * self.draws)
+        return matrix.diagonal.mul_(self._scale**-2).div_(self.sequences * self.draws)
 
     def accumulator_bytes(self, matrix: Matrix) -> int:
         out_features, in_features = matrix.shape
-        weight = self.modules[matrix.name].get_parameter("weight")
-        return (8 if weight.dtype == torch.float64 else 4) * out_features * in_features
+        return (8 if self._double else 4) * out_features * in_features
+
+    @property
+    def one_backward(self) -> bool:
+        return self.draws == 1 and self.mode != "per_loss_term"
 
 
 def own_loss(loss_fn: LossFunction, outputs: Any, batch: Batch) -> Tensor:
@@ -254,6 +262,11 @@ def require_labels(batch: Batch) -> None:
             "(for a causal language model: batch['labels'] = batch['input_ids'], with -100 where a label is not to "
             "count), or pass labels='model' to sample them from the model"
         )
+
+
+def _seed_of_batch(seed: int, batch: int) -> int:
+    """Of a batch's label samples: by the increments of splitmix64, so that no batch has to be run for the next."""
+    return (seed + batch * 0x9E3779B97F4A7C15) % 2**64
 
 
 def _concatenate(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

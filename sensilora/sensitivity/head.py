@@ -51,6 +51,12 @@ def untrained_heads(model: nn.Module) -> list[str]:
     return outermost_heads(model) if new else []
 
 
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the task head, by name."""
+    names = head_names(model)
+    return {name: parameter for name, parameter in model.named_parameters() if name.rpartition(".")[0] in names}
+
+
 @contextlib.contextmanager
 def warmed_head(
     model: nn.Module,
@@ -61,10 +67,14 @@ def warmed_head(
     loss_fn: LossFunction | None,
     shift_labels: bool | None,
     progress: bool,
+    trained: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """Train the task head alone for `steps` batches (AdamW), and give it its old weights back at the end.
 
     Everything else is expected frozen; no parameter's ``.grad`` is touched.
+
+    Args:
+        trained: the head's weights by name, from a run that trained it; they are taken instead.
 
     Raises:
         CalibrationError: the model has no classification head, or the batches have no labels.
@@ -77,10 +87,16 @@ def warmed_head(
         raise CalibrationError(
             f"head_warmup_steps={steps}, but {type(model).__name__} has no classification head to train"
         )
-    names = head_names(model)
-    parameters = [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[0] in names]
+    named = head_parameters(model)
+    parameters = list(named.values())
     original = [parameter.detach().clone() for parameter in parameters]
     try:
+        if trained is not None:
+            with torch.no_grad():
+                for name, parameter in named.items():
+                    parameter.copy_(trained[name])
+            yield
+            return
         for parameter in parameters:
             parameter.requires_grad_(True)
 

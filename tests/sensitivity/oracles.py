@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from unittest import mock
 
 import torch
@@ -63,16 +64,21 @@ class Net(nn.Module):
 
 def diagonals(model, batches, **arguments):
     """(report, the diagonals it was made from by name) of a calibration."""
-    seen = []
+    names, seen = [], []
+
+    def note(observer, matrix, **options):
+        names.append(matrix.name)
+        return measure(observer, matrix, **options)
 
     def record(diagonal, **options):
         seen.append(diagonal.clone())
         return ops_metrics(diagonal, **options)
 
-    ops_metrics = ops.diagonal_metrics
-    with mock.patch.object(ops, "diagonal_metrics", record):
+    driver = importlib.import_module("sensilora.sensitivity.calibrate")
+    measure, ops_metrics = driver._measure, ops.diagonal_metrics
+    with mock.patch.object(driver, "_measure", note), mock.patch.object(ops, "diagonal_metrics", record):
         report = calibrate(model, batches, progress=False, **arguments)
-    return report, dict(zip(report, seen, strict=True))
+    return report, dict(zip(names, seen, strict=True))
 
 
 def sequences(*lengths, vocabulary=20, seed=0):

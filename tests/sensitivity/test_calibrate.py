@@ -334,8 +334,7 @@ def test_a_model_without_logits_needs_a_loss():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"estimator": "hutchinson"}, "'hutchinson' is not available in this version"),
-        ({"estimator": "magic"}, "choose one of activation, fisher"),
+        ({"estimator": "magic"}, "choose one of activation, fisher, hutchinson"),
         ({"mode": "per_token"}, "choose one of per_sequence, per_position"),
         ({"labels": "mine"}, "choose one of data, model"),
         ({"k": 0}, r"k must be in \(0, 1\]"),

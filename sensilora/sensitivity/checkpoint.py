@@ -1,0 +1,144 @@
+"""Checkpoints of a calibration: what was summed so far, so that a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import sensilora
+from sensilora._files import remove_all_but, write_tensors, write_text
+from sensilora.errors import CalibrationError
+
+STATE_FILE = "calibration.json"
+_SUMS = "sums-*.safetensors"
+_FORMAT = 1
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Checkpoint:
+    """The state of a calibration in a folder: ``calibration.json`` and the safetensors file that it names.
+
+    The JSON file is written last and renamed into place, so there is one whole state at every moment.
+
+    Args:
+        folder: made if it is not there.
+        every: batches between two states.
+        identity: what the state is good for, as JSON holds it: a run with another is told so.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], every: int, identity: Mapping[str, Any]) -> None:
+        self.folder, self.every = Path(folder), every
+        self._identity = json.loads(json.dumps({"format": _FORMAT, **identity}, default=str))
+        self._serial = 0
+
+    @property
+    def exists(self) -> bool:
+        return (self.folder / STATE_FILE).exists()
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """The state and its tensors, or None where there is none.
+
+        Raises:
+            CalibrationError: it is damaged, or of another calibration.
+        """
+        if not self.exists:
+            return None
+        try:
+            content = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
+            identity, state, self._serial = content["identity"], content["state"], int(content["serial"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from error
+        self._check(identity)
+        try:
+            # Off the file's mapping, since the file is going to be removed.
+            return state, {name: tensor.clone() for name, tensor in load_file(self._sums()).items()}
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(error) from error
+
+    def write(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Replace the state.
+
+        Raises:
+            OSError: it cannot be written; the former is still there.
+        """
+        self._serial += 1
+        write_tensors(self._sums(), tensors)
+        content = {"identity": self._identity, "serial": self._serial, "state": state}
+        write_text(self.folder / STATE_FILE, json.dumps(content) + "\n")
+        remove_all_but(self.folder, _SUMS, {self._sums().name})
+
+    def remove(self) -> None:
+        """Remove the state, and the folder if nothing else is in it."""
+        remove_all_but(self.folder, STATE_FILE, ())
+        remove_all_but(self.folder, _SUMS, ())
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _sums(self) -> Path:
+        return self.folder / _SUMS.replace("*", str(self._serial))
+
+    def _damaged(self, error: Exception) -> CalibrationError:
+        return CalibrationError(
+            f"the checkpoint in {self.folder} is damaged ({error}); remove the folder to start again"
+        )
+
+    def _check(self, saved: Mapping[str, Any]) -> None:
+        of = f"the checkpoint in {self.folder} is of a"
+        advice = "give what it was started with, or remove the folder to start again"
+        for key, value in self._identity.items():
+            before = saved.get(key)
+            if before == value:
+                continue
+            if isinstance(value, dict) and isinstance(before, dict):
+                differing = next(name for name in {**value, **before} if value.get(name) != before.get(name))
+                raise CalibrationError(f"{of} model with other {key} ({differing}, for example); {advice}")
+            if isinstance(value, list):
+                raise CalibrationError(f"{of} calibration of other {key}; {advice}")
+            raise CalibrationError(f"{of} calibration with {key}={before!r}, not {value!r}; {advice}")
+
+
+def identity(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint must agree with to be gone on from: arguments, versions, and the model's weights."""
+    plain = {name: _name_of(value) if callable(value) else value for name, value in arguments.items()}
+    versions = {"sensilora": sensilora.__version__, "torch": str(torch.__version__)}
+    device = next(model.parameters()).device.type
+    return {**plain, **versions, "device": device, "weights": _weights(model)}
+
+
+def digest(batch: object) -> str:
+    """A hash of all that a batch holds: tensors by value, wherever they are, anything else as it prints."""
+    found = hashlib.sha256()
+    entries = sorted(batch.items(), key=lambda entry: str(entry[0])) if isinstance(batch, Mapping) else [("", batch)]
+    for key, value in entries:
+        if isinstance(value, Tensor):
+            values = value.detach().cpu().contiguous()
+            found.update(f"{key}:{values.dtype}:{tuple(values.shape)}:".encode())
+            found.update(values.reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            found.update(f"{key}:{value!r};".encode())
+    return found.hexdigest()[:32]
+
+
+def _weights(model: nn.Module) -> dict[str, str]:
+    """For each parameter and buffer its dtype, shape and the sum of its bit patterns, which is exact in any order."""
+    found = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+        shape = "x".join(map(str, tensor.shape))
+        found[name] = f"{str(tensor.dtype).removeprefix('torch.')} {shape} {int(bits.sum(dtype=torch.int64))}"
+    return found
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    kind = type(function)
+    name = getattr(function, "__qualname__", kind.__qualname__)
+    return f"{getattr(function, '__module__', kind.__module__)}.{name}"

@@ -1,0 +1,336 @@
+"""Passes over the calibration data: under a memory budget, and so that a run that was killed can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from sensilora.errors import CalibrationError, TargetError
+from sensilora.sensitivity.batches import Batch, progress_bar
+from sensilora.sensitivity.capture import Matrix
+from sensilora.sensitivity.checkpoint import Checkpoint, digest
+from sensilora.sensitivity.diagonals import DiagonalWriter
+from sensilora.sensitivity.estimator import Estimator
+from sensilora.sensitivity.report import MatrixSensitivity
+
+_UNITS = {"": 1, "mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
+_HEAD = "head:"
+_measured_adapter = TypeAdapter(dict[str, MatrixSensitivity])
+
+
+def parse_bytes(name: str, size: str | int) -> int:
+    """Bytes of "24GB", "1.5 GiB", "800MB", "64MiB" or an int; GB are 10⁹ bytes, GiB 2³⁰.
+
+    Raises:
+        CalibrationError: it is none of these, or not positive; `name` is the argument's.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
+    if isinstance(size, bool) or found is None or found[2] not in _UNITS or float(found[1]) == 0:
+        raise CalibrationError(f"{name}={size!r} is no size; give bytes, or for example '24GB' (MB, MiB, GB, GiB)")
+    return int(float(found[1]) * _UNITS[found[2]]) if found[2] or "." in found[1] else int(found[1])
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the data: the matrices that it measures, and the bytes of sums that it holds at most."""
+
+    matrices: list[Matrix]
+    bytes: int
+
+
+def plan_passes(
+    matrices: Sequence[Matrix], observer: Estimator, batches: Iterable[Any], budget: int | None
+) -> list[Pass]:
+    """Consecutive matrices whose sums fit the budget together, group by group.
+
+    Raises:
+        CalibrationError: the sum of one matrix does not fit, or several passes are needed over a one-shot iterator.
+    """
+    sizes = [observer.accumulator_bytes(matrix) for matrix in matrices]
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    if budget is not None and sizes[largest] > budget:
+        raise CalibrationError(
+            f"the matrix {matrices[largest].name!r} needs {in_words(sizes[largest])} for its sums, more than the "
+            f"memory_budget of {in_words(budget)}; give at least that, or leave it out of targets"
+        )
+    if observer.keeps_batches or (known_length(batches) == 1 and observer.one_backward):
+        # Each sum is reduced where it is made, before the next is.
+        return [Pass(list(matrices), sizes[largest])]
+    passes: list[Pass] = []
+    for matrix, size in zip(matrices, sizes, strict=True):
+        if passes and (budget is None or passes[-1].bytes + size <= budget):
+            passes[-1] = Pass([*passes[-1].matrices, matrix], passes[-1].bytes + size)
+        else:
+            passes.append(Pass([matrix], size))
+    if len(passes) > 1 and isinstance(batches, Iterator):
+        raise CalibrationError(
+            f"a memory_budget of {in_words(budget or 0)} takes {len(passes)} passes over the data, and batches can "
+            "be read only once; give a list (list(batches)) or a DataLoader"
+        )
+    return passes
+
+
+def describe_passes(passes: Sequence[Pass], budget: int) -> str:
+    """How many passes, and the memory of each, as a sentence."""
+    sizes = ", ".join(in_words(one.bytes) for one in passes)
+    count = "one pass" if len(passes) == 1 else f"{len(passes)} passes"
+    return f"memory_budget {in_words(budget)}: {count} over the calibration data, with sums of {sizes}"
+
+
+def in_words(size: int) -> str:
+    """A number of bytes for people."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} bytes"
+
+
+def known_length(batches: Iterable[Any]) -> int | None:
+    """How many batches there are, where ``len`` knows."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+@dataclass
+class Sweep:
+    """The passes over the data, from where a checkpoint left off to their end.
+
+    Attributes:
+        measure: reduces a matrix's finished diagonal to its numbers, and frees it.
+        head: parameters that were trained for the calibration only, by name.
+        measured: what `measure` gave, by matrix name.
+        done: batches of the current pass that are in the sums.
+        current: the current pass's place in `passes`.
+        digests: of the batches, in the order of the first pass; later passes and a resumed one must see the same.
+        rng: the CPU generator's state at the start of each pass, by which a shuffling loader draws its order.
+    """
+
+    model: nn.Module
+    observer: Estimator
+    batches: Iterable[Any]
+    passes: list[Pass]
+    measure: Callable[[Matrix], MatrixSensitivity]
+    text: str
+    progress: bool
+    checkpoint: Checkpoint | None = None
+    writer: DiagonalWriter | None = None
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    measured: dict[str, MatrixSensitivity] = field(default_factory=dict)
+    done: int = 0
+    current: int = 0
+    digests: list[str] = field(default_factory=list)
+    rng: Tensor = field(default_factory=torch.get_rng_state)
+    _rng_now: Tensor | None = None
+
+    def run(self) -> None:
+        """Go through all passes.
+
+        Raises:
+            KeyboardInterrupt: with a checkpoint it says how to go on; the batch at hand is then finished first.
+            CalibrationError: the data differs between two passes or from before the checkpoint, or has no token or
+                sequence that counts.
+            TargetError: a matrix never ran.
+        """
+        if self.checkpoint is None:
+            self._run(lambda: False)
+            return
+        self.checkpoint.folder.mkdir(parents=True, exist_ok=True)
+        if self.head:
+            self.save()
+        try:
+            with _deferred_interrupt() as interrupted:
+                self._run(interrupted)
+        except KeyboardInterrupt:
+            if not self.checkpoint.exists:
+                raise
+            raise KeyboardInterrupt(
+                f"interrupted; what was summed so far is in {self.checkpoint.folder}: calibrate again with the same "
+                "arguments to go on from there"
+            ) from None
+
+    def _run(self, interrupted: Callable[[], bool]) -> None:
+        while self.current < len(self.passes):
+            self._pass(interrupted)
+            self.current, self.done, self._rng_now = self.current + 1, 0, None
+            if self.checkpoint is not None and self.current < len(self.passes):
+                self.save()
+
+    def _pass(self, interrupted: Callable[[], bool]) -> None:
+        observer, group = self.observer, self.passes[self.current].matrices
+        chosen = {matrix.name for matrix in group}
+        for matrix in observer.matrices.values():
+            matrix.active = matrix.name in chosen
+        if not self.done:
+            observer.rewind()
+        observer.finish = None
+        torch.set_rng_state(self.rng)
+        count, length, resumed = 0, known_length(self.batches), self.done
+        number = f", pass {self.current + 1} of {len(self.passes)}" if len(self.passes) > 1 else ""
+        with progress_bar(self.batches, self.text + number, show=self.progress) as bar:
+            for count, raw in enumerate(bar, 1):
+                self._recognise(count, raw)
+                if count > resumed:
+                    if observer.finish is not None:
+                        raise CalibrationError(
+                            f"the calibration data says that it holds {length} batches and gives more; give a list"
+                        )
+                    if count == length:
+                        observer.finish = self._finish
+                    observer.observe(Batch(raw, self.model))
+                    self.done = count
+                    stop = interrupted()
+                    if self.checkpoint is not None and (count % self.checkpoint.every == 0 or stop):
+                        self._rng_now = torch.get_rng_state()
+                        self.save()
+                    if stop:
+                        raise KeyboardInterrupt
+                elif count == resumed and self._rng_now is not None:
+                    torch.set_rng_state(self._rng_now)
+        if count < max(resumed, len(self.digests)):
+            raise self._changed(count + 1)
+        check_coverage(observer, [matrix for matrix in group if matrix.name in observer.modules])
+        # An expert that no token reached has no diagonal.
+        rest = [matrix for matrix in group if matrix.calls and matrix.name not in self.measured]
+        late = observer.keeps_batches
+        for matrix in progress_bar(rest, "probing", show=self.progress and late, unit="matrix"):
+            self._finish(matrix)
+            stop = interrupted()
+            if self.checkpoint is not None and (late or stop):
+                self.save()
+            if stop:
+                raise KeyboardInterrupt
+
+    def _finish(self, matrix: Matrix) -> None:
+        if matrix.name not in self.measured:
+            self.measured[matrix.name] = self.measure(matrix)
+
+    def _recognise(self, count: int, raw: object) -> None:
+        """Batch `count` (from 1) is what it was in the first pass, or before the checkpoint."""
+        if self.checkpoint is None and len(self.passes) == 1:
+            return
+        found = digest(raw)
+        if count <= len(self.digests):
+            if found != self.digests[count - 1]:
+                raise self._changed(count)
+        elif self.current == 0:
+            self.digests.append(found)
+        else:
+            raise self._changed(count)
+
+    def _changed(self, count: int) -> CalibrationError:
+        before = "before the checkpoint" if self.current == 0 else "in the first pass over the data"
+        return CalibrationError(
+            f"batch {count} of the calibration data is not what it was {before}; give the same batches in the same "
+            "order each time, for example a list"
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        assert self.checkpoint is not None
+        if self.writer is not None:
+            self.writer.flush()
+        observer = self.observer
+        matrices = {matrix.name: matrix for one in self.passes for matrix in one.matrices}
+        state = {
+            "current": self.current,
+            "done": self.done,
+            "digests": self.digests,
+            "batches": observer.batches,
+            "tokens": observer.tokens,
+            "sequences": observer.sequences,
+            "matrices": {name: _plain(matrix) for name, matrix in matrices.items() if matrix.calls},
+            "measured": _measured_adapter.dump_python(self.measured, mode="json"),
+            "diagonals": {} if self.writer is None else self.writer.files,
+        }
+        tensors: dict[str, Tensor] = {f"{_HEAD}{name}": weight for name, weight in self.head.items()}
+        tensors["rng"] = self.rng
+        if self._rng_now is not None:
+            tensors["rng_now"] = self._rng_now
+        for name, matrix in matrices.items():
+            if matrix.diagonal is not None:
+                tensors[f"sum:{name}"] = matrix.diagonal
+        self.checkpoint.write(state, tensors)
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `save` wrote."""
+        self.digests, self.rng = list(state["digests"]), tensors["rng"]
+        self.measured = _measured_adapter.validate_json(json.dumps(state["measured"]))
+        observer = self.observer
+        if observer.keeps_batches:
+            return
+        self.current, self.done, self._rng_now = state["current"], state["done"], tensors.get("rng_now")
+        observer.batches, observer.tokens, observer.sequences = state["batches"], state["tokens"], state["sequences"]
+        for matrix in (matrix for one in self.passes for matrix in one.matrices):
+            plain = state["matrices"].get(matrix.name)
+            if plain is not None:
+                matrix.tokens, matrix.calls, matrix.shape = plain["tokens"], plain["calls"], tuple(plain["shape"])
+                matrix.dtype = None if plain["dtype"] is None else getattr(torch, plain["dtype"])
+                matrix.diagonal = tensors.get(f"sum:{matrix.name}")
+
+
+def of_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained head's weights among the tensors that `Sweep.save` wrote, by name."""
+    return {name.removeprefix(_HEAD): tensor for name, tensor in tensors.items() if name.startswith(_HEAD)}
+
+
+def check_coverage(observer: Estimator, matrices: Sequence[Matrix]) -> None:
+    """The data had sequences and tokens that count, and every matrix ran."""
+    if not observer.batches:
+        raise CalibrationError("the calibration data is empty; give at least one batch")
+    if not observer.tokens:
+        raise CalibrationError("the attention_mask of every calibration batch is 0 everywhere; no token counts")
+    if not observer.sequences:
+        raise CalibrationError(
+            "every label of the calibration data is ignored (-100, or padding by the attention_mask); "
+            "no sequence counts"
+        )
+    unseen = [matrix.name for matrix in matrices if not matrix.calls]
+    if unseen:
+        raise TargetError(
+            f"{len(unseen)} target modules never ran in any batch ({', '.join(unseen[:5])}"
+            f"{', ...' if len(unseen) > 5 else ''}); leave them out of targets, or give data that reaches them"
+        )
+
+
+def _plain(matrix: Matrix) -> dict[str, Any]:
+    dtype = None if matrix.dtype is None else str(matrix.dtype).removeprefix("torch.")
+    return {"tokens": matrix.tokens, "calls": matrix.calls, "shape": matrix.shape, "dtype": dtype}
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, to be asked when it suits; pressed again, it acts at once.
+
+    Only where Ctrl-C does what Python does by default; elsewhere it does what it did.
+    """
+    pressed = False
+
+    def note(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
