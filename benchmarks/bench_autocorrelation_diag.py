@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from benchmarks.harness import Case, Cases, relative_error
+from benchmarks.harness import Case, Cases, Unavailable, relative_error
 from sensilora import use_backend
-from sensilora.ops import autocorrelation_diag
+from sensilora.ops import _backend, autocorrelation_diag
 
 SHAPES = {"cpu": [(2048, 384), (2048, 1536), (16384, 384)], "cuda": [(8192, 4096), (8192, 14336)]}
 DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
@@ -16,13 +17,17 @@ DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
 
 def cases(device: str) -> Cases:
     prefix = "cpu/" if device == "cpu" else ""
-    return {
+    found = {
         f"{prefix}autocorrelation_diag/{rows}x{columns}/{str(dtype).removeprefix('torch.')}": partial(
             _case, device, rows, columns, dtype
         )
         for rows, columns in SHAPES[device]
         for dtype in DTYPES[device]
     }
+    if device == "cuda":
+        for rows, columns in SHAPES["cuda"]:
+            found[f"autocorrelation_diag/{rows}x{columns}/bfloat16/native"] = partial(_native_case, rows, columns)
+    return found
 
 
 def _case(device: str, rows: int, columns: int, dtype: torch.dtype) -> Case:
@@ -40,6 +45,23 @@ def _case(device: str, rows: int, columns: int, dtype: torch.dtype) -> Case:
         peers={"x.square().sum(0), x's dtype": lambda: x.square().sum(0)},
         floor_bytes=x.nbytes,
     )
+
+
+def _native_case(rows: int, columns: int) -> Case:
+    """The CUDA C++ backend, which serves where Triton is not installed."""
+    reason = _backend.why_not("autocorrelation_diag", "native", "cuda", torch.bfloat16)
+    if reason is not None:
+        raise Unavailable(reason)
+    plain = _case("cuda", rows, columns, torch.bfloat16)
+
+    def native(function):
+        def run():
+            with use_backend("native"):
+                return function()
+
+        return run
+
+    return replace(plain, ours=native(plain.ours), errors=native(plain.errors), peers={"Triton": plain.ours})
 
 
 def test_autocorrelation_diag(timed) -> None:

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks import (
+    bench_autocorrelation_blocks,
     bench_autocorrelation_diag,
+    bench_calibrate,
     bench_diagonal_metrics,
     bench_fisher_diag,
     bench_lora_group,
@@ -33,12 +35,14 @@ from benchmarks.harness import Cases, Ceilings, Unavailable, run
 
 MODULES = (
     bench_autocorrelation_diag,
+    bench_autocorrelation_blocks,
     bench_fisher_diag,
     bench_diagonal_metrics,
     bench_lora_linear,
     bench_lora_group,
     bench_lora_segments,
     bench_model,
+    bench_calibrate,
 )
 RESULTS = Path(__file__).parent / "results"
 
