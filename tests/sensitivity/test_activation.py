@@ -377,7 +377,8 @@ def test_reports_without_a_variant_are_of_the_diagonal(tmp_path):
 
 def test_a_report_says_all_of_the_inverse_or_nothing():
     report = calibrate(Net(), [{"input_ids": torch.ones(1, 3, dtype=torch.int64)}], variant="inverse", progress=False)
-    for change in ({"damping": None}, {"variant": "diagonal"}, {"estimator": "hutchinson"}):
+    fisher = {"estimator": "fisher", "mode": "per_sequence", "labels": "data"}
+    for change in ({"damping": None}, {"block_size": None}, {"variant": "diagonal"}, fisher):
         with pytest.raises(ValidationError, match="inverse"):
             dataclasses.replace(report, **change)
 
