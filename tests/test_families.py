@@ -1,5 +1,6 @@
 """Every family of docs/models.md, from calibration to a merged model, on tiny models with random weights."""
 
+import contextlib
 import re
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import nn
 
 from sensilora import adapters, allocate, calibrate, inject, load_adapter, merge, save_adapter, unload
 from sensilora.errors import CalibrationError
-from sensilora.targets import find_targets, head_names, outermost_heads
+from sensilora.targets import find_targets, head_names, outermost_heads, stacked_experts
 from tests.sensitivity.oracles import pad
 from tests.tolerances import relative_error
 
@@ -21,8 +22,8 @@ from tests.tiny_models import FAMILIES, family_model  # noqa: E402 (imports tran
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 COLUMNS = ["calibrate: activation", "calibrate: fisher", "train", "save, load", "open with PEFT", "merge"]
-# What the page says in every cell of a family whose experts are left out.
-PARTLY = "attention only"
+# What the page says of a family whose experts get no adapter.
+PARTLY = {column: "attention, experts" if column.startswith("calibrate") else "attention" for column in COLUMNS}
 
 pytestmark = [
     # A tiny model's head is as transformers draws it, and calibrated so here.
@@ -92,10 +93,13 @@ def test_from_calibration_to_a_merged_model(family, tmp_path):
     together = batch_of(model, [0, 1, 2])
     done = []
     for estimator in ("activation", "fisher"):
-        report = calibrate(model, [together], estimator=estimator, progress=False)
+        # The page says that experts are measured, where there are any.
+        arguments = {"estimator": estimator, "experts": family.startswith("Mixtral"), "min_expert_tokens": 1}
+        report = calibrate(model, [together], progress=False, **arguments)
         apart = [batch_of(model, [i]) for i in range(3)]
-        expected = calibrate(model, apart, estimator=estimator, progress=False)
-        assert list(report) == list(find_targets(model))
+        expected = calibrate(model, apart, progress=False, **arguments)
+        experts = [f"{stack}.{expert}" for stack in stacked_experts(model) for expert in range(4)]
+        assert list(report) == list(find_targets(model)) + experts
         for name in report:
             assert report[name].tokens == expected[name].tokens, name
             assert report[name].trace == pytest.approx(expected[name].trace, rel=1e-3), name
@@ -103,7 +107,8 @@ def test_from_calibration_to_a_merged_model(family, tmp_path):
             assert report[name].trace > 0, name
         done.append(f"calibrate: {estimator}")
 
-    plan = allocate(report, average_rank=3)
+    with pytest.warns(UserWarning, match="get no rank") if experts else contextlib.nullcontext():
+        plan = allocate(report, average_rank=3)
     assert len(set(plan.ranks.values())) > 1
     plain = logits_of(model, together)
     names = list(model.state_dict())
@@ -137,7 +142,8 @@ def test_from_calibration_to_a_merged_model(family, tmp_path):
     assert list(model.state_dict()) == names
     assert relative_error(logits_of(model, together), tuned) < 1e-5
     done.append("merge")
-    assert table()[family] == dict.fromkeys(done, PARTLY if family.startswith("Mixtral") else "✔")
+    assert done == COLUMNS
+    assert table()[family] == (PARTLY if family.startswith("Mixtral") else dict.fromkeys(COLUMNS, "✔"))
 
 
 def test_sound_without_text_is_an_error():
@@ -180,7 +186,7 @@ def test_what_is_not_a_target(family):
         assert {name.rpartition(".")[2] for name in served} == {"q_proj", "k_proj", "v_proj", "o_proj"}
         assert told == [
             "4 parameters stack the weights of experts (model.layers.0.mlp.experts.gate_up_proj, ...), which are no "
-            "linear modules: they are not measured and get no adapter"
+            "linear modules: they get no adapter, and are measured only with experts=True"
         ]
         calibrate(model, [batch_of(model, [0])], targets=["q_proj"], progress=False)
     else:

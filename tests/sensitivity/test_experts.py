@@ -182,24 +182,29 @@ def test_fisher_is_the_squared_gradient_of_each_sequence(matmul, taken, flat):
 @pytest.mark.parametrize("labels_from", ["data", "model"])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_modes_of_fisher(mode, labels_from):
-    """One batch of all sequences gives what the sequences give one by one, and by autograd for the data's labels."""
+    """One batch of all sequences gives what the sequences give one by one, and what autograd gives."""
     model, ids, labels = Mixture().double(), sequences(*LENGTHS), sequences(*LENGTHS, seed=1)
     if labels_from == "model":
         with torch.no_grad():
-            model.head.bias[4] = 200.0  # so that the label that will be drawn is known
+            model.head.bias[4] = 20.0  # so that the label that will be drawn is known
         labels = [torch.full_like(x, 4) for x in ids]
-        model.head.bias.data[4] = 40.0
     arguments = {"estimator": "fisher", "mode": mode, "labels": labels_from}
     _, together = measured(model, [token_batch(ids, labels)], **arguments)
     _, apart = measured(model, [token_batch([x], [y]) for x, y in zip(ids, labels, strict=True)], **arguments)
-    if labels_from == "data":
-        assert_close(together, apart)
+    assert_close(together, apart)
     if mode != "per_position":
         losses = position_losses(model, ids, labels)
         if mode == "per_sequence":
             losses = [[summed(of_sequence)] for of_sequence in losses]
         expected = squared_gradients(model, [loss for of_sequence in losses for loss in of_sequence])
         assert_close(together, {name: value / 4 for name, value in expected.items()})
+
+
+def test_per_position_of_single_tokens_is_autograds():
+    model, ids, labels = Mixture().double(), sequences(*[1] * 6), sequences(*[1] * 6, seed=1)
+    expected = squared_gradients(model, [loss for (loss,) in position_losses(model, ids, labels)])
+    _, found = measured(model, [token_batch(ids, labels)], estimator="fisher", mode="per_position")
+    assert_close(found, {name: value / 6 for name, value in expected.items()})
 
 
 @pytest.mark.parametrize("padded", [False, True])
