@@ -153,6 +153,11 @@ class Estimator(str, Enum):
     fisher = "fisher"
 
 
+class Variant(str, Enum):
+    diagonal = "diagonal"
+    inverse = "inverse"
+
+
 class Mode(str, Enum):
     per_sequence = "per_sequence"
     per_position = "per_position"
@@ -326,6 +331,13 @@ def plan(
     estimator: Annotated[
         Estimator, typer.Option("--estimator", help="activation: forward passes; fisher: squared gradients.")
     ] = Estimator.activation,
+    variant: Annotated[
+        Variant, typer.Option("--variant", help="activation: the inputs' autocorrelation, or its inverse in blocks.")
+    ] = Variant.diagonal,
+    block_size: Annotated[int, typer.Option("--block-size", min=1, help="inverse: input features a block.")] = 128,
+    damping: Annotated[
+        float, typer.Option("--damping", help="inverse: added to a block's diagonal, as a fraction of its mean.")
+    ] = 0.01,
     mode: Annotated[
         Mode, typer.Option("--mode", help="Fisher: square a sequence's gradient, each position's, or each label's.")
     ] = Mode.per_sequence,
@@ -427,6 +439,9 @@ def plan(
         targets=wanted,
         experts=experts,
         min_expert_tokens=min_expert_tokens,
+        variant=variant.value,
+        block_size=block_size,
+        damping=damping,
         mode=mode.value,
         labels=labels.value,
         draws=draws,

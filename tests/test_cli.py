@@ -252,6 +252,15 @@ def test_plan_is_compared_with_an_earlier_report(files, classifier, work, capsys
         assert line in out
 
 
+def test_plan_by_the_inverse_of_the_autocorrelation(files, classifier, work, capsys):
+    planned = ("plan", files / "bert", files / "train.jsonl", "--average-rank", 4, "--report", "r.json")
+    succeed(capsys, *planned, "--variant", "inverse", "--block-size", 5, "--damping", 0.1)
+    report = SensitivityReport.load("r.json")
+    assert (report.variant, report.block_size, report.damping) == ("inverse", 5, 0.1)
+    assert run(*planned, "--force", "--variant", "inverse", "--damping", 2) == 2
+    assert "damping must be in (0, 1], not 2" in capsys.readouterr().err
+
+
 def test_plot_and_edited_plan(classifier, work, capsys):
     succeed(capsys, "plot", classifier["plan"])
     assert Path("ranks.png").read_bytes().startswith(b"\x89PNG")
