@@ -1,18 +1,35 @@
-"""PEFT: a rank plan as a ``peft.LoraConfig``."""
+"""PEFT: a rank plan as a ``peft.LoraConfig``, and PEFT's own LoRA layers on the fused kernels."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from typing import Any, cast
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
 
 try:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftType
+    from peft.tuners.lora import Linear, LoraLayer
+    from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, dispatch_default
+    from peft.tuners.tuners_utils import BaseTunerLayer
 except ModuleNotFoundError as error:
     raise ImportError("a LoraConfig needs peft; install it with: pip install 'sensilora[peft]'") from error
 
-from sensilora.errors import PlanError
+from transformers.pytorch_utils import Conv1D
+
+from sensilora.errors import AdapterError, PlanError
+from sensilora.ops import lora_linear, lora_segments
+from sensilora.ops._backend import FLOATS
+from sensilora.ops._lora import autocast_dtype
 from sensilora.plan import RankPlan
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _FROM_THE_PLAN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
 
@@ -62,3 +79,249 @@ def lora_config_from_plan(plan: RankPlan, **overrides: Any) -> LoraConfig:
 
 def _pattern(name: str) -> str:
     return "^" + re.escape(name)
+
+
+def use_fused(config: LoraConfig) -> LoraConfig:
+    """Make the layers of a config's adapters `FusedLinear`: ``get_peft_model(model, use_fused(config))``.
+
+    By PEFT's own mapping of custom layers, which ``get_peft_model``, ``add_adapter`` and ``PeftModel`` heed. Base
+    layers that are no plain ``nn.Linear`` or ``Conv1D`` (quantised ones, embeddings, convolutions) get what they get
+    without it. Files do not tell the difference. ``dataclasses.replace`` loses the mapping.
+
+    Args:
+        config: changed in place; applying this twice does nothing.
+
+    Returns:
+        `config`.
+
+    Raises:
+        AdapterError: `config` is of another kind, or maps these base layers to layers of its own.
+    """
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        raise AdapterError(f"use_fused takes a peft.LoraConfig, not {type(config).__name__}")
+    for base in (nn.Linear, Conv1D):
+        other = (config._custom_modules or {}).get(base)
+        if other is not None and getattr(other, "func", None) is not _fused_layer:
+            raise AdapterError(f"the config maps {base.__name__} to {other!r} already; take that out to fuse")
+    layer: Any = functools.partial(_fused_layer, config)  # annotated as a class, but only called
+    config._register_custom_module(dict.fromkeys((nn.Linear, Conv1D), layer))
+    return config
+
+
+def _fused_layer(registered: LoraConfig, target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
+    """What PEFT would make, fused; None where PEFT is to go on through its kinds of base layers."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if _why_not_base(base) is not None:
+        return None
+    # Before 0.19 the config is not passed.
+    layer = dispatch_default(target, adapter_name, kwargs.pop("config", registered), **kwargs)
+    if type(layer) is Linear:
+        layer.__class__ = FusedLinear
+    return layer
+
+
+def fuse(model: Model) -> Model:
+    """Make the LoRA layers of a model that PEFT prepared `FusedLinear`, in place.
+
+    Parameters, their names, hooks and an optimiser's state stay as they are: only the layers' class changes. Layers
+    over bases that the kernels cannot serve stay PEFT's, and one warning says which.
+
+    Args:
+        model: a ``PeftModel``, or any model with PEFT's LoRA layers. May be fused already.
+
+    Returns:
+        `model`.
+
+    Raises:
+        AdapterError: the model holds no LoRA layer that can be fused.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    left: Counter[str] = Counter()
+    for layer in layers:
+        reason = _why_not_layer(layer)
+        if reason is not None:
+            left[reason] += 1
+        else:
+            layer.__class__ = FusedLinear
+    reasons = "; ".join(f"{count}: {reason}" for reason, count in left.items())
+    if len(layers) == sum(left.values()):
+        raise AdapterError(
+            f"{type(model).__name__} holds no LoRA layer of PEFT that can be fused"
+            + (f" ({reasons})" if reasons else "; call peft.get_peft_model first")
+        )
+    if left:
+        warnings.warn(
+            f"fuse left {sum(left.values())} of {len(layers)} LoRA layers to PEFT ({reasons})", stacklevel=2
+        )
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Make all `FusedLinear` layers PEFT's own again, in place. Returns `model`."""
+    layers: list[Any] = [module for module in model.modules() if type(module) is FusedLinear]
+    for layer in layers:
+        layer.__class__ = Linear
+    return model
+
+
+class FusedLinear(Linear):
+    """PEFT's LoRA layer over a plain ``nn.Linear`` or ``Conv1D``, its forward pass by `sensilora.ops`.
+
+    Everything but ``forward`` is PEFT's: parameters, state dict, merging, switching and deleting adapters. One active
+    adapter is computed by `sensilora.ops.lora_linear`, several without dropout by one call with their factors side by
+    side, batches with ``adapter_names`` by `sensilora.ops.lora_segments`. What these cannot compute PEFT's own
+    forward does, and each reason is warned of once.
+
+    lora_A and lora_B are taken in the base's dtype (under autocast, in autocast's) with sums in fp32, whereas PEFT
+    casts the input to theirs. The layer is differentiable once; `unfuse` it for second derivatives.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in_features) to (..., out_features); arguments as of ``peft.tuners.lora.Linear.forward``."""
+        names = kwargs.get("adapter_names")
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        if names is not None:
+            adapters = [name for name in dict.fromkeys(names) if name in self.lora_A]
+        if self.disable_adapters or self.merged or not adapters or not self._as_usual(x, args, kwargs):
+            return super().forward(x, *args, **kwargs)
+        reason = _why_not_base(self.base_layer) or self._why_not(adapters, mixed=names is not None)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                _warn_of(reason)
+            return super().forward(x, *args, **kwargs)
+        if names is None:
+            return self._active(x, adapters)
+        self._check_forward_args(x, adapter_names=names)
+        return self._mixed(x, adapters, names)
+
+    def _as_usual(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether PEFT would take this call; else its own errors are the clearest."""
+        weight = self.get_base_layer().weight
+        return (
+            not args
+            and kwargs.keys() <= {"adapter_names", *VARIANT_KWARG_KEYS}
+            and x.device == weight.device
+            and (x.dtype == weight.dtype or autocast_dtype(x.device) is not None)
+        )
+
+    def _why_not(self, adapters: Sequence[str], *, mixed: bool) -> str | None:
+        """Why the ops cannot compute these adapters, as a clause; None if they can."""
+        for name in adapters:
+            if name in self.lora_variant:
+                return f"adapter {name!r} is {type(self.lora_variant[name]).__name__}, a variant of LoRA"
+            factors = self.lora_A[name], self.lora_B[name]
+            if any(type(factor) is not nn.Linear or _is_wrapped(factor) for factor in factors):
+                return "lora_A or lora_B is wrapped or has hooks"
+            dropout = self.lora_dropout[name]
+            if type(dropout) not in (nn.Dropout, nn.Identity) or _is_wrapped(dropout):
+                return f"the dropout is {type(dropout).__name__} and no plain nn.Dropout"
+            if mixed and factors[1].bias is not None:
+                return "adapter_names select an adapter with lora_bias"
+            if len(adapters) > 1 and not mixed and self._dropout_p(name) > 0.0:
+                return "several active adapters have dropout, each with a mask of its own"
+            if not self.cast_input_dtype_enabled and factors[0].weight.dtype != self.get_base_layer().weight.dtype:
+                return "casting the input's dtype is disabled"
+        return None
+
+    def _dropout_p(self, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    def _base(self) -> tuple[Tensor, Tensor | None]:
+        """The base layer's weight (out_features, in_features) and bias."""
+        base: Any = self.base_layer
+        return base.weight.t() if isinstance(base, Conv1D) else base.weight, base.bias
+
+    def _scaled(self, adapters: Sequence[str]) -> tuple[list[Tensor], list[float]]:
+        """Every lora_B and its scale. A scale on the device, as hotswapping makes them, is in lora_B already."""
+        lora_Bs: list[Any] = [self.lora_B[name].weight for name in adapters]
+        scalings = [self.scaling[name] for name in adapters]
+        for i, scaling in enumerate(scalings):
+            if isinstance(scaling, Tensor):
+                lora_Bs[i], scalings[i] = lora_Bs[i] * scaling.to(lora_Bs[i].device), 1.0
+        return lora_Bs, scalings
+
+    def _active(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        weight, bias = self._base()
+        for name in adapters:
+            if self.lora_B[name].bias is not None:
+                added = self.lora_B[name].bias * self.scaling[name]
+                bias = (added if bias is None else bias + added).to(weight.dtype)
+        lora_As: list[Any] = [self.lora_A[name].weight for name in adapters]
+        lora_Bs, scalings = self._scaled(adapters)
+        if len(adapters) == 1:
+            p = self._dropout_p(adapters[0])
+            return lora_linear(x, weight, bias, lora_As[0], lora_Bs[0], scalings[0], dropout_p=p)
+        lora_B = torch.cat([lora_B * scaling for lora_B, scaling in zip(lora_Bs, scalings, strict=True)], dim=1)
+        return lora_linear(x, weight, bias, torch.cat(lora_As), lora_B, 1.0)
+
+    def _mixed(self, x: Tensor, adapters: Sequence[str], names: Sequence[str]) -> Tensor:
+        lora_As: list[Any] = [self.lora_A[name].weight for name in adapters]
+        lora_Bs, scalings = self._scaled(adapters)
+        # torch.compile traces what makes the segments and warns of a cache around it.
+        segments = _segments.__wrapped__ if torch.compiler.is_compiling() else _segments
+        return lora_segments(
+            x,
+            *self._base(),
+            torch.cat(lora_As),
+            # Stacked as its transpose, which kernels read along contiguous rows.
+            torch.cat([lora_B.t() for lora_B in lora_Bs]).t(),
+            [lora_B.shape[1] for lora_B in lora_Bs],
+            scalings,
+            *segments(tuple(names), tuple(adapters), math.prod(x.shape[1:-1]), x.device),
+            dropout_ps=[self._dropout_p(name) for name in adapters],
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _segments(
+    names: tuple[str, ...], adapters: tuple[str, ...], rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`offsets` and `adapters` of `lora_segments`: one segment of as many rows for each name."""
+    # Not as inference tensors, since a later forward pass may save them for its backward pass.
+    with torch.inference_mode(False):
+        ids = [adapters.index(name) if name in adapters else -1 for name in names]
+        offsets = range(0, (len(names) + 1) * rows, rows) if rows else [0] * (len(names) + 1)
+        return torch.tensor(list(offsets), device=device), torch.tensor(ids, device=device)
+
+
+def _why_not_layer(layer: Any) -> str | None:
+    if type(layer) not in (Linear, FusedLinear):
+        return f"{type(layer).__name__} is no LoRA layer over a linear base"
+    if "forward" in layer.__dict__ and not _only_aligns_devices(layer):
+        return "the layer has a forward of its own"
+    return _why_not_base(layer.base_layer)
+
+
+def _why_not_base(base: Any) -> str | None:
+    """Why the ops cannot stand for calling this base layer, as a clause; None if they can."""
+    if type(base) not in (nn.Linear, Conv1D):
+        return f"the base layer is {type(base).__name__} and no plain nn.Linear or Conv1D"
+    weight = base.weight
+    # A view of a sharded flat parameter will do; a subclass, as of quantised and distributed tensors, will not.
+    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in FLOATS:
+        return f"the base layer's weight is {type(weight).__name__} of {weight.dtype}"
+    if _is_wrapped(base):
+        return "the base layer has hooks or a forward of its own"
+    return None
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or ("forward" in module.__dict__ and not _only_aligns_devices(module))
+    )
+
+
+def _only_aligns_devices(module: nn.Module) -> bool:
+    """Whether the module's own forward is accelerate's, which moves inputs to where the weights are and no more."""
+    return getattr(module.__dict__.get("_hf_hook"), "offload", True) is False
+
+
+@functools.lru_cache
+def _warn_of(reason: str) -> None:
+    warnings.warn(f"a fused LoRA layer is computed by PEFT's own forward: {reason}", stacklevel=4)
