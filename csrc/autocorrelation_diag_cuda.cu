@@ -25,12 +25,10 @@ void for_element(ScalarType type, const Fn& fn) {
 // How many splits of the rows fill the device with strips * splits blocks, depending on sizes alone.
 template <class Kernel>
 int64_t splits_for(Kernel kernel, int64_t strips, int64_t rows) {
-  int device = 0, multiprocessors = 0, resident = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  int resident = 0;
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 32 * kSquaresWarps, 0));
   const int64_t most = std::max<int64_t>(1, ceil_div(rows, kSquaresWarps * kSquaresRows));
-  return std::clamp<int64_t>(int64_t{multiprocessors} * resident / strips, 1, most);
+  return std::clamp<int64_t>(multiprocessors() * resident / strips, 1, most);
 }
 
 template <class Sum, class Out>

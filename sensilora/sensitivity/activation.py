@@ -85,7 +85,7 @@ class ActivationEstimator(Estimator):
         if last is None or last.x is not x or last.version != x._version or last.mask is not flat:
             mask = None if flat is None else flat.view(x.shape[:-1])
             count = x.shape[:-1].numel() if rows is None else rows.count
-            last = self._last = _Seen(x, x._version, flat, count, self._total(x.detach(), mask))
+            last = self._last = _Seen(x, x._version, flat, count, self._total(x, mask))
         # Many batches are summed in fp64; what comes out has the precision of one.
         matrix.accumulator(x, last.total.shape, torch.float64).add_(last.total)
         matrix.dtype = last.total.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
@@ -72,7 +73,7 @@ class Rows:
     mask: Tensor | None = None
     index: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def count(self) -> int:
         return int(self.lengths.sum())
 
