@@ -1,4 +1,11 @@
-"""The Fisher estimator against autograd, one sequence at a time in fp64."""
+"""The Fisher estimator against autograd, one sequence at a time in fp64, and against BackPACK where it is installed.
+
+BackPACK is no dependency of the tests, for it would bring torchvision and with that another torch; it needs neither:
+``pip install --no-deps backpack-for-pytorch==1.7.1 unfoldNd einops``.
+"""
+
+import math
+from unittest import mock
 
 import pytest
 import torch
@@ -6,7 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sensilora.errors import CalibrationError
+from sensilora.ops.fisher_diag import MODES
 from sensilora.sensitivity import calibrate
+from sensilora.sensitivity.fisher import FisherEstimator
 from tests.sensitivity.oracles import (
     Net,
     assert_close,
@@ -256,7 +265,7 @@ def test_regression_multi_label_and_own_loss():
     assert_close(diagonals(several, [{**inputs, "labels": targets}], estimator="fisher")[1], expected)
 
 
-def gauss_newton(model, ids, classes):
+def gauss_newton(model, ids, classes, targets="all-linear"):
     """(1/N) Σ_n Σ_c p_c (∂ log p_c / ∂W)², the expectation that sampled labels approach, by enumeration."""
     with torch.no_grad():
         probabilities = [model.eval()(x).softmax(-1)[0] for x in ids]
@@ -266,9 +275,25 @@ def gauss_newton(model, ids, classes):
             lambda x=x, p=p[c], c=c: -p.sqrt() * model(x).log_softmax(-1)[0, c]
             for x, p in zip(ids, probabilities, strict=True)
         ]
-        part = fisher_oracle(model, losses)
+        part = fisher_oracle(model, losses, targets=targets)
         total = part if total is None else {name: total[name] + part[name] for name in total}
     return total
+
+
+def test_the_gauss_newton_diagonal_is_the_last_layers_hessian():
+    """The reference of the two tests below, against double backward: the loss of a linear map's outputs is convex."""
+    model, ids = Net(depth=1).double().eval(), sequences(4, 6, 3)
+    weight = model.classifier.weight
+    labels = torch.tensor([0, 1, 1])  # of no effect on this Hessian
+
+    def loss_of(values):
+        logits = torch.cat([torch.func.functional_call(model, {"classifier.weight": values}, (x,)) for x in ids])
+        return F.cross_entropy(logits, labels)
+
+    hessian = torch.autograd.functional.hessian(loss_of, weight)
+    expected = hessian.flatten(0, 1).flatten(1, 2).diagonal().view_as(weight)
+    found = gauss_newton(model, ids, 3, targets=["classifier"])["classifier"]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
 def relative_error(found, expected):
@@ -286,6 +311,184 @@ def test_sampled_labels_converge_to_the_gauss_newton_diagonal():
     )
     assert relative_error(many, expected) < 0.1
     assert relative_error(many, expected) < 0.5 * relative_error(few, expected)
+
+
+def test_four_times_the_draws_halve_the_error():
+    """The error of a mean over draws, which falls as one over the root of their number."""
+    model, ids = Net(depth=1).double(), sequences(4, 6, 3)
+    expected = gauss_newton(model, ids, 3)
+    batch = classification_batch(ids, [0] * 3)
+    errors = []
+    for draws in (16, 64, 256):
+        runs = [
+            diagonals(model, [batch], estimator="fisher", labels="model", draws=draws, seed=seed)[1]
+            for seed in range(4)
+        ]
+        errors.append(sum(relative_error(found, expected) for found in runs) / len(runs))
+    for more, fewer in ((errors[1], errors[0]), (errors[2], errors[1])):
+        assert 0.3 < more / fewer < 0.75
+    assert errors[2] < 0.1
+
+
+@pytest.mark.parametrize("mode", ["per_sequence", "per_loss_term"])
+def test_sampled_labels_of_many_positions_converge_to_the_gauss_newton_diagonal(mode):
+    """Where labels are drawn, the products of different labels' gradients cancel: both modes have one expectation."""
+    model, ids = Net(classes=3, depth=1, token_logits=True).double(), sequences(4, 3)
+    with torch.no_grad():
+        probabilities = [model.eval()(x).softmax(-1)[0] for x in ids]
+    losses = [
+        lambda x=x, p=p, t=t, c=c: -p[t, c].sqrt() * model(x).log_softmax(-1)[0, t, c]
+        for x, p in zip(ids, probabilities, strict=True)
+        for t in range(len(p))
+        for c in range(3)
+    ]
+    expected = {name: value * len(losses) / len(ids) for name, value in fisher_oracle(model, losses).items()}
+    padded, mask = pad(ids * 100)
+    batch = {"input_ids": padded, "attention_mask": mask}
+    found = diagonals(model, [batch], estimator="fisher", labels="model", mode=mode, draws=4)[1]
+    assert relative_error(found, expected) < 0.1
+
+
+def term_losses(model, ids, labels):
+    """One function for each label that counts."""
+    return [
+        lambda x=x, y=y, t=t: F.cross_entropy(model(x)[0, t], y[0, t], reduction="sum")
+        for x, y in zip(ids, labels, strict=True)
+        for t in range(x.shape[1])
+        if y[0, t] != -100
+    ]
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_per_loss_term_squares_the_gradient_of_each_label(use_reentrant, frozen):
+    plain, ids = Net(classes=20, token_logits=True).double(), sequences(*LENGTHS)
+    model = Net(classes=20, token_logits=True, use_reentrant=use_reentrant).double()
+    model.load_state_dict(plain.state_dict())
+    labels = sequences(*LENGTHS, seed=1)
+    labels[0][0, 1:3] = -100
+    losses = term_losses(plain, ids, labels)
+    # The mean is over sequences, of which there are four, and not over labels.
+    expected = {name: value * len(losses) / 4 for name, value in fisher_oracle(plain, losses).items()}
+    padded, mask = pad(ids)
+    batch = {"input_ids": padded, "attention_mask": mask, "labels": pad(labels, value=-100)[0]}
+    model.requires_grad_(not frozen)
+    with mock.patch.object(FisherEstimator, "_backward", autospec=True, side_effect=FisherEstimator._backward) as run:
+        report, found = diagonals(model, [batch], estimator="fisher", mode="per_loss_term")
+    assert_close(found, expected)
+    assert run.call_count == max(LENGTHS)
+    assert (report.mode, report.sequences) == ("per_loss_term", 4)
+    assert {report[name].calls for name in report} == {1}
+    # The sequences' own gradients are another matter.
+    _, whole = diagonals(model, [batch], estimator="fisher")
+    assert relative_error(whole, expected) > 0.1
+
+
+def test_per_loss_term_of_shifted_labels_and_several_draws():
+    model, ids = Net(classes=20, token_logits=True).double(), sequences(5, 3)
+    padded, mask = pad(ids, left=True)
+    with torch.no_grad():
+        model.classifier.bias[4] = 20.0  # so that the label that will be drawn is known
+    batch = {"input_ids": padded, "attention_mask": mask}
+    arguments = {"estimator": "fisher", "mode": "per_loss_term", "shift_labels": True}
+    sampled = diagonals(model, [batch], labels="model", draws=3, **arguments)[1]
+    losses = term_losses(model, ids, [torch.tensor([[4] * (x.shape[1] - 1) + [-100]]) for x in ids])
+    expected = {name: value * len(losses) / 2 for name, value in fisher_oracle(model, losses).items()}
+    assert_close(sampled, expected)
+
+
+def test_per_loss_term_of_one_label_a_sequence_is_per_sequence():
+    model, ids = Net(), sequences(*LENGTHS)
+    for batch in (
+        classification_batch(ids, LABELS),
+        classification_batch(ids, torch.rand(4, 3)),
+        classification_batch(ids, [0, -100, 1, -100]),
+    ):
+        expected, found = (
+            calibrate(model, [batch], estimator="fisher", mode=mode, progress=False)
+            for mode in ("per_sequence", "per_loss_term")
+        )
+        assert found.matrices == expected.matrices
+
+
+def test_per_loss_term_needs_the_packages_own_loss():
+    with pytest.raises(CalibrationError, match="mode='per_loss_term' divides the loss by its labels"):
+        calibrate(
+            Net(), [], estimator="fisher", mode="per_loss_term", loss_fn=lambda outputs, batch: 0.0, progress=False
+        )
+
+
+def backpack_sums(model, x, loss, target, extension, field):
+    """Field `field` of every weight after BackPACK's `extension` ran; by module name."""
+    backpack = pytest.importorskip("backpack")
+    copy = nn.Sequential(
+        *(
+            nn.Linear(part.in_features, part.out_features) if isinstance(part, nn.Linear) else nn.Tanh()
+            for part in model
+        )
+    ).to(x.dtype)
+    copy.load_state_dict(model.state_dict())
+    backpack.extend(copy)
+    with backpack.backpack(extension):
+        backpack.extend(loss)(copy(x), target).backward()
+    return {str(i): getattr(part.weight, field) for i, part in enumerate(copy) if isinstance(part, nn.Linear)}
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+backpack_warnings = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+
+
+@backpack_warnings
+def test_backpack_of_single_samples():
+    extensions = pytest.importorskip("backpack.extensions")
+    model, x, y = perceptron(), torch.randn(7, 5).double(), torch.randint(0, 3, (7,))
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    expected = backpack_sums(model, x, loss, y, extensions.SumGradSquared(), "sum_grad_squared")
+    model.requires_grad_(False)
+    for mode in MODES:
+        _, found = diagonals(model, [{"input": x, "labels": y}], estimator="fisher", mode=mode)
+        assert_close(found, {name: value / 7 for name, value in expected.items()})
+
+
+@backpack_warnings
+def test_backpack_of_sequences():
+    """BackPACK squares after the sum over T of inputs (N, T, features), which is per_sequence here."""
+    extensions = pytest.importorskip("backpack.extensions")
+    model, x, y = perceptron(), torch.randn(4, 6, 5).double(), torch.randn(4, 6, 3).double()
+    loss = nn.MSELoss(reduction="sum")
+    expected = backpack_sums(model, x, loss, y, extensions.SumGradSquared(), "sum_grad_squared")
+    _, found = diagonals(
+        model,
+        [{"input": x, "labels": y}],
+        estimator="fisher",
+        loss_fn=lambda outputs, batch: (outputs - batch["labels"]).square().sum(),
+    )
+    assert_close(found, {name: value / 4 for name, value in expected.items()})
+
+
+@backpack_warnings
+def test_backpack_of_each_label():
+    """In a network that acts on each position alone, the labels of N sequences are N · T samples of BackPACK's."""
+    extensions = pytest.importorskip("backpack.extensions")
+    model, x, y = perceptron(), torch.randn(4, 6, 5).double(), torch.randint(0, 3, (4, 6))
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    flat = backpack_sums(model, x.flatten(0, 1), loss, y.flatten(), extensions.SumGradSquared(), "sum_grad_squared")
+    for mode in ("per_loss_term", "per_position"):
+        _, found = diagonals(model, [{"input": x, "labels": y}], estimator="fisher", mode=mode)
+        assert_close(found, {name: value / 4 for name, value in flat.items()})
+
+
+@backpack_warnings
+def test_backpacks_gauss_newton_diagonal():
+    extensions = pytest.importorskip("backpack.extensions")
+    model, x = perceptron(), torch.randn(4, 5).double()
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    exact = backpack_sums(model, x, loss, torch.zeros(4).long(), extensions.DiagGGNExact(), "diag_ggn_exact")
+    _, found = diagonals(model, [{"input": x.repeat(200, 1)}], estimator="fisher", labels="model", draws=8)
+    assert relative_error(found, {name: value / 4 for name, value in exact.items()}) < 0.1
 
 
 def test_sampled_regression_converges_to_the_squared_jacobian():
@@ -363,6 +566,27 @@ def test_rows_that_cannot_be_attributed_are_an_error_that_names_the_module():
     # As the message says, one sequence a batch leaves no doubt.
     single = [{key: value[n : n + 1] for key, value in batch.items()} for n in range(4)]
     assert calibrate(model, single, estimator="fisher", targets=targets, progress=False).sequences == 4
+
+
+def test_many_batches_of_bf16_gradients_are_summed_in_full():
+    """A sum of squares in bf16 stops growing at 256 of them."""
+    model, x = nn.Sequential(nn.Linear(3, 2, bias=False)).bfloat16(), torch.randn(1, 3).bfloat16()
+    batch = {"input": x, "labels": torch.tensor([1])}
+    once = calibrate(model, [batch], estimator="fisher", progress=False)["0"]
+    often = calibrate(model, [batch] * 600, estimator="fisher", progress=False)["0"]
+    assert often.trace == pytest.approx(once.trace, rel=1e-5)
+    assert (often.effective_rank, often.tokens) == (once.effective_rank, 600)
+
+
+def test_a_long_diagonal_is_summed_in_full():
+    """One entry of 2^24 and 2^20 ones: in fp32 added one by one, the ones would all be lost."""
+    model, x = nn.Sequential(nn.Linear(2**20 + 1, 1, bias=False)), torch.ones(1, 2**20 + 1)
+    x[0, 7] = 2.0**12
+    found = calibrate(
+        model, [{"input": x}], estimator="fisher", alpha=0.97, loss_fn=lambda y, batch: y.sum(), progress=False
+    )["0"]
+    assert found.trace == 2**24 + 2**20
+    assert found.effective_rank == 1 + math.ceil(0.97 * (2**24 + 2**20) - 2**24)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
