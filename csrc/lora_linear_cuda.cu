@@ -16,18 +16,14 @@
 #include "dropout.h"
 #include "lora_linear.h"
 #include "lora_linear_kernels.cuh"
+#include "products_cuda.cuh"
 
 namespace sensilora {
 namespace {
 
 struct Cuda {
-  static void addmm_into(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta,
-                         double alpha) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
-  }
-  static void mm_into(const Tensor& out, const Tensor& a, const Tensor& b) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
-  }
+  static constexpr auto& addmm_into = addmm_into_cuda;
+  static constexpr auto& mm_into = mm_into_cuda;
   static Tensor dropped(const Tensor& x, double p, const std::optional<Tensor>& seed) {
     return dropped_cuda(x, p, seed_pointer(seed, p, x));
   }
@@ -124,12 +120,10 @@ void launch(const Jobs<Job>& jobs, cudaStream_t stream) {
 // The splits of the rows that fill the device with strips * splits blocks of a kernel, depending on sizes alone.
 template <class Kernel>
 int64_t splits_for(Kernel kernel, int threads, int64_t strips, int64_t rows) {
-  int device = 0, multiprocessors = 0, resident = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  int resident = 0;
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, 0));
   const int64_t most = std::max<int64_t>(1, ceil_div(rows, kTileRows) / kLeastTiles);
-  return std::clamp<int64_t>(int64_t{multiprocessors} * resident / strips, 1, most);
+  return std::clamp<int64_t>(multiprocessors() * resident / strips, 1, most);
 }
 
 // x (T, in), weight (out, in), bias (out,), one dtype; lora_A (r, in), lora_B (out, r) of any floating dtypes. Gives

@@ -7,6 +7,7 @@
 
 #include "common.h"
 #include "dropout.h"
+#include "lora_segments.h"
 #include "products_cpu.h"
 
 namespace sensilora {
@@ -36,52 +37,27 @@ Tensor columns_of(const Tensor& matrix, int64_t first, int64_t count) {
 Tensor A_of(const Tensor& lora_A, const Adapter& adapter) { return rows_of(lora_A, {adapter.first, adapter.rank}); }
 Tensor B_of(const Tensor& lora_B, const Adapter& adapter) { return columns_of(lora_B, adapter.first, adapter.rank); }
 
-const int64_t* as_int64(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.scalar_type() == ScalarType::Long && tensor.is_contiguous(), name,
-                  " must be a contiguous 1-D int64 tensor");
-  return static_cast<const int64_t*>(tensor.const_data_ptr());
-}
-
 // 0 where no adapter drops anything.
 int64_t seed_value(const std::optional<Tensor>& seed, const std::vector<double>& dropout_ps, const Tensor& x) {
-  const auto largest = std::max_element(dropout_ps.begin(), dropout_ps.end());
-  const int64_t* value = seed_pointer(seed, largest == dropout_ps.end() ? 0.0 : *largest, x);
+  const int64_t* value = segments_seed(seed, dropout_ps, x);
   return value == nullptr ? 0 : *value;
 }
 
-// The adapters of any rank that have rows, after checks of every argument but grad and h.
-std::vector<Adapter> adapters_in_use(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                                     const std::vector<int64_t>& ranks, const std::vector<double>& scalings,
-                                     const std::vector<double>& dropout_ps, const Tensor& offsets,
-                                     const Tensor& adapters) {
-  for (const Tensor* tensor : {&x, &weight, &lora_A, &lora_B}) {
-    STD_TORCH_CHECK(tensor->dim() == 2, "x, weight, lora_A and lora_B must have 2 dimensions");
-    STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), "x, weight, lora_A and lora_B must share a dtype");
-  }
-  STD_TORCH_CHECK(scalings.size() == ranks.size() && dropout_ps.size() == ranks.size(),
-                  "ranks, scalings and dropout_ps must have one entry an adapter");
+// The adapters of any rank that have rows.
+std::vector<Adapter> adapters_in_use(const SegmentsShape& shape, const std::vector<int64_t>& ranks,
+                                     const std::vector<double>& scalings, const std::vector<double>& dropout_ps,
+                                     const Tensor& offsets, const Tensor& adapters) {
   std::vector<Adapter> all;
-  int64_t total_rank = 0;
+  int64_t first_rank = 0;
   for (size_t i = 0; i < ranks.size(); ++i) {
-    STD_TORCH_CHECK(ranks[i] >= 0, "ranks must not be negative");
-    check_dropout(dropout_ps[i]);
-    all.push_back({total_rank, ranks[i], scalings[i], dropout_ps[i], {}, 0});
-    total_rank += ranks[i];
+    all.push_back({first_rank, ranks[i], scalings[i], dropout_ps[i], {}, 0});
+    first_rank += ranks[i];
   }
-  const int64_t in = x.size(1), out = weight.size(0);
-  STD_TORCH_CHECK(weight.size(1) == in, "weight has ", weight.size(1), " columns, x has ", in);
-  STD_TORCH_CHECK(lora_A.size(0) == total_rank && lora_A.size(1) == in, "lora_A must have shape (", total_rank, ", ",
-                  in, ")");
-  STD_TORCH_CHECK(lora_B.size(0) == out && lora_B.size(1) == total_rank, "lora_B must have shape (", out, ", ",
-                  total_rank, ")");
-
-  const int64_t segments = adapters.size(0);
-  STD_TORCH_CHECK(offsets.size(0) == segments + 1, "offsets must have one entry more than adapters");
-  const int64_t* offset = as_int64(offsets, "offsets");
-  const int64_t* adapter = as_int64(adapters, "adapters");
-  for (int64_t i = 0; i < segments; ++i) {
-    const int64_t first = std::clamp<int64_t>(offset[i], 0, x.size(0));
-    const int64_t count = std::clamp<int64_t>(offset[i + 1], 0, x.size(0)) - first;
+  const int64_t* offset = int64_data(offsets);
+  const int64_t* adapter = int64_data(adapters);
+  for (int64_t i = 0; i < shape.segments; ++i) {
+    const int64_t first = std::clamp<int64_t>(offset[i], 0, shape.tokens);
+    const int64_t count = std::clamp<int64_t>(offset[i + 1], 0, shape.tokens) - first;
     if (count <= 0 || adapter[i] < 0 || adapter[i] >= static_cast<int64_t>(all.size())) continue;
     Adapter& own = all[adapter[i]];
     own.rows += count;
@@ -95,24 +71,21 @@ std::vector<Adapter> adapters_in_use(const Tensor& x, const Tensor& weight, cons
   return all;
 }
 
-// x (T, in), weight (out, in), bias (out,), lora_A (sum of ranks, in), lora_B (out, sum of ranks), one dtype; rows
-// offsets[i] to offsets[i + 1] take adapter adapters[i], int64, and a number that is none takes the base layer alone.
-// Gives y (T, out) and h (T, largest rank rounded up to a multiple of 16), of which a row holds drop(x) A^T in as many
-// columns as its adapter's rank.
+// What segments_shape says, and bias (out,) in x's dtype. Gives y (T, out) and h (T, SegmentsShape::h_columns), of
+// which a row holds drop(x) A^T in as many columns as its adapter's rank.
 std::tuple<Tensor, Tensor> lora_segments(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                                          const Tensor& lora_A, const Tensor& lora_B, std::vector<int64_t> ranks,
                                          std::vector<double> scalings, std::vector<double> dropout_ps,
                                          const Tensor& offsets, const Tensor& adapters, std::optional<Tensor> seed) {
   const NoGrad guard;
-  const std::vector<Adapter> in_use =
-      adapters_in_use(x, weight, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters);
-  const int64_t out = weight.size(0), key = seed_value(seed, dropout_ps, x);
-  const int64_t max_rank = ranks.empty() ? 0 : *std::max_element(ranks.begin(), ranks.end());
-  const int64_t h_columns = ceil_div(max_rank, 16) * 16;  // as every backend, aligned for kernels
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out});
-  Tensor h = torch::stable::new_empty(x, {x.size(0), h_columns});
+  const SegmentsShape shape =
+      segments_shape(x, weight, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters);
+  const std::vector<Adapter> in_use = adapters_in_use(shape, ranks, scalings, dropout_ps, offsets, adapters);
+  const int64_t key = seed_value(seed, dropout_ps, x);
+  Tensor y = torch::stable::new_empty(x, {shape.tokens, shape.out});
+  Tensor h = torch::stable::new_empty(x, {shape.tokens, shape.h_columns()});
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out, "bias must have shape (", out, ",)");
+    check_segments_bias(*bias, shape);
     addmm_into(y, *bias, x, transposed(weight), 1.0, 1.0);
   } else {
     mm_into(y, x, transposed(weight));
@@ -165,12 +138,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_segments_backward(
     const Tensor& lora_B, std::vector<int64_t> ranks, std::vector<double> scalings, std::vector<double> dropout_ps,
     const Tensor& offsets, const Tensor& adapters, std::optional<Tensor> seed, bool need_grad_x) {
   const NoGrad guard;
-  const std::vector<Adapter> in_use =
-      adapters_in_use(x, weight, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters);
+  const SegmentsShape shape =
+      segments_shape(x, weight, lora_A, lora_B, ranks, scalings, dropout_ps, offsets, adapters);
+  const std::vector<Adapter> in_use = adapters_in_use(shape, ranks, scalings, dropout_ps, offsets, adapters);
   const int64_t key = seed_value(seed, dropout_ps, x);
-  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == weight.size(0),
-                  "grad must have shape (", x.size(0), ", ", weight.size(0), ")");
-  STD_TORCH_CHECK(h.dim() == 2 && h.size(0) == x.size(0), "h must have ", x.size(0), " rows");
+  check_segments_grad_and_h(grad, h, x, shape);
   Tensor grad_x = torch::stable::new_empty(x, {0});
   Tensor grad_A = torch::stable::new_zeros(x, {lora_A.size(0), lora_A.size(1)});
   Tensor grad_B = torch::stable::new_zeros(x, {lora_B.size(0), lora_B.size(1)});

@@ -10,9 +10,11 @@ from sensilora.ops import (
     _backend,
     autocorrelation_diag,
     fisher_diag,
+    hutchinson_accumulate,
     lora_group,
     lora_linear,
     lora_segments,
+    rademacher,
     use_backend,
 )
 from sensilora.ops.fisher_diag import CONVENTIONS
@@ -113,7 +115,8 @@ def test_lora_group(sizes, p):
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lora_segments(dtype, p):
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_lora_segments(backend, dtype, p):
     ranks = [3, 20, 7]
     x, weights, lora_As, lora_Bs, upstreams = matrices(SMALL[:2], [sum(ranks)], [SMALL[2]])
     weight = weights[0].to(dtype)
@@ -133,7 +136,7 @@ def test_lora_segments(dtype, p):
         return segments
 
     call.op = "lora_segments"
-    check("triton", dtype, call, [x, *lora_As, *lora_Bs], upstreams)
+    check(backend, dtype, call, [x, *lora_As, *lora_Bs], upstreams)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -159,3 +162,20 @@ def test_fisher_diag(backend, mode, dtype, features):
     with use_backend("torch"):
         expected = fisher_diag(x.double(), g.double(), mode=mode, lengths=lengths)
     assert relative_error(got, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_hutchinson(backend, dtype):
+    reason = _backend.why_not("hutchinson_accumulate", backend, DEVICE, dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    for size in (8192, 10_007):
+        hz = torch.randn(size).to(dtype)
+        with use_backend(backend):
+            out = hutchinson_accumulate(hz.to(DEVICE), torch.zeros(size, device=DEVICE), seed=3, offset=4)
+            z = rademacher((size,), seed=3, offset=4, device=DEVICE)
+        with use_backend("torch"):
+            expected = rademacher((size,), seed=3, offset=4)
+        assert torch.equal(z.cpu(), expected)
+        assert torch.equal(out.cpu(), expected * hz)

@@ -226,17 +226,16 @@ def _triton_backward(
         )  # fmt: skip
 
 
-_NATIVE_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16})
 _backend.register(
     "lora_segments",
     triton=Implementation(_triton, _TRITON_DTYPES),
-    native=Implementation(_native, _NATIVE_DTYPES),
+    native=Implementation(_native),
     torch=Implementation(_reference),
 )
 _backend.register(
     "lora_segments_backward",
     triton=Implementation(_triton_backward, _TRITON_DTYPES),
-    native=Implementation(_native_backward, _NATIVE_DTYPES),
+    native=Implementation(_native_backward),
     torch=Implementation(_reference_backward),
 )
 

@@ -146,6 +146,17 @@ T atomicAdd(T* at, T value) {
   return before;
 }
 
+inline int __shfl_sync(uint32_t, int value, int lane) {
+  return static_cast<int>(cuda_on_cpu::exchange<1>({static_cast<uint32_t>(value)})[lane][0]);
+}
+
+// A lane without another one `lanes` below it gets its own value.
+inline int __shfl_up_sync(uint32_t, int value, int lanes) {
+  const int lane = threadIdx.x % 32;
+  const auto* all = cuda_on_cpu::exchange<1>({static_cast<uint32_t>(value)});
+  return static_cast<int>(all[lane < lanes ? lane : lane - lanes][0]);
+}
+
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));

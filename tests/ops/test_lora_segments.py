@@ -476,7 +476,7 @@ def test_a_captured_graph_is_replayed_with_other_segments():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("name", ["triton", "native", "torch"])
 def test_nothing_waits_for_the_device(name):
     ranks, segments = [3, 20, 8], on("cuda", [0, 10, 25, 40], [0, 1, 2])
     tensors = make(40, 64, 48, ranks, torch.float32, "cuda")
