@@ -12,10 +12,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+from sensilora import use_backend
+from sensilora.ops import _backend
 
 
 class Unavailable(Exception):
@@ -34,6 +37,7 @@ class Case:
         eager_errors: the same for the plain torch expression in the same dtype, for the row's error_vs_eager.
         floor_bytes, floor_flops: least memory traffic and arithmetic of ours, for the floor on a GPU.
         peak_memory: record the peak of allocated GPU memory of each function too.
+        bandwidth: record floor_bytes over our time, in TB/s, too.
     """
 
     ours: Callable[[], Any]
@@ -45,9 +49,33 @@ class Case:
     floor_bytes: float = 0.0
     floor_flops: float = 0.0
     peak_memory: bool = False
+    bandwidth: bool = False
 
 
 Cases = dict[str, Callable[[], Case]]
+
+
+def native(plain: Case, *ops: str) -> Case:
+    """A GPU case in bf16 with ours through the CUDA C++ backend, which serves where Triton is not installed.
+
+    Raises:
+        Unavailable: the extension holds no CUDA kernel for one of `ops`.
+    """
+    for op in ops:
+        reason = _backend.why_not(op, "native", "cuda", torch.bfloat16)
+        if reason is not None:
+            raise Unavailable(reason)
+
+    def through_native(function: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with use_backend("native"):
+                return function()
+
+        return run
+
+    return replace(
+        plain, ours=through_native(plain.ours), errors=through_native(plain.errors), peers={"Triton": plain.ours}
+    )
 
 
 @dataclass(frozen=True)
@@ -178,6 +206,8 @@ def run(case: Case, device: str, ceilings: Ceilings | None) -> dict[str, Any]:
     row["peers"] = {name: peer / baseline for name, peer in zip(case.peers, peers, strict=True)}
     if ceilings is not None:
         row["floor_ms"] = ceilings.floor_ms(case)
+    if case.bandwidth:
+        row["tbps"] = case.floor_bytes / ours / 1e9
     if case.peak_memory and device == "cuda":
         functions = {"ours": case.ours, "baseline": case.baseline, **case.peers}
         row["peak_gib"] = {name: _peak_gib(function) for name, function in functions.items()}

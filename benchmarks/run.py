@@ -26,6 +26,7 @@ from benchmarks import (
     bench_calibrate,
     bench_diagonal_metrics,
     bench_fisher_diag,
+    bench_hutchinson,
     bench_lora_group,
     bench_lora_linear,
     bench_lora_segments,
@@ -38,6 +39,7 @@ MODULES = (
     bench_autocorrelation_blocks,
     bench_fisher_diag,
     bench_diagonal_metrics,
+    bench_hutchinson,
     bench_lora_linear,
     bench_lora_group,
     bench_lora_segments,
@@ -111,6 +113,8 @@ def line(name: str, row: dict[str, Any]) -> str:
         f"{name:48} {row['ours_ms']:9.4f} {row['baseline_ms']:9.4f} {row['ratio']:6.3f} "
         f"{format(row['floor_ms'], '8.4f') if 'floor_ms' in row else '':8} {row['error']:8.1e}  {peers}"
     )
+    if "tbps" in row:
+        text += f"\n    {row['tbps']:.3g} TB/s"
     if "peak_gib" in row:
         text += "\n    peak GiB: " + ", ".join(f"{arm} {gib:.1f}" for arm, gib in row["peak_gib"].items())
     return text

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("transformers")
 
 from benchmarks import (
+    bench_hutchinson,
     bench_lora_group,
     bench_lora_linear,
     bench_lora_segments,
@@ -26,6 +27,7 @@ from sensilora.ops import _backend
 
 RESULTS = Path(run.RESULTS)
 HEADLINES = [
+    "hutchinson/accumulate/8.7e8",
     "lora_linear/4096x4096/r16/p0.05",
     "lora_linear/4096x4096/r16/T256/graph",
     "lora_linear/4096x14336/r16/p0/native",
@@ -45,6 +47,13 @@ def test_a_wrong_result_gets_no_speed(error):
     row = harness.run(fake(error), "cpu", None)
     assert row["wrong"]
     assert "ours_ms" not in row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bandwidth_is_recorded_where_it_is_the_point(dtype):
+    row = harness.run(bench_hutchinson._case("cpu", 5000, dtype), "cpu", None)
+    assert row["error"] == 0
+    assert row["tbps"] * row["ours_ms"] * 1e9 == pytest.approx(5000 * (8 + dtype.itemsize))
 
 
 def test_rows_cover_what_is_promised():
