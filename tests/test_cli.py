@@ -261,6 +261,30 @@ def test_plan_by_the_inverse_of_the_autocorrelation(files, classifier, work, cap
     assert "damping must be in (0, 1], not 2" in capsys.readouterr().err
 
 
+def test_plan_of_a_mixture_of_experts(files, work, capsys):
+    torch.manual_seed(1)
+    options = {"vocab_size": 24, "num_local_experts": 4, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": None}
+    tiny_models.save(tiny_models.family_model("MixtralForCausalLM", **options), work / "mixtral", bert=False)
+    options = ("--experts", "--min-expert-tokens", 4, "--estimator", "fisher", "--mode", "per_loss_term")
+    succeed(
+        capsys,
+        "plan",
+        "mixtral",
+        files / "corpus.txt",
+        "--average-rank",
+        2,
+        "--samples",
+        8,
+        "--report",
+        "r.json",
+        *options,
+    )
+    report, plan = SensitivityReport.load("r.json"), RankPlan.load("plan.json")
+    experts = [name for name in report if report[name].expert_of]
+    assert (len(experts), report.mode, report.min_expert_tokens) == (16, "per_loss_term", 4)
+    assert list(plan.ranks) == [name for name in report if name not in experts]
+
+
 def test_plot_and_edited_plan(classifier, work, capsys):
     succeed(capsys, "plot", classifier["plan"])
     assert Path("ranks.png").read_bytes().startswith(b"\x89PNG")

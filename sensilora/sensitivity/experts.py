@@ -224,6 +224,8 @@ def route(rows: Rows, positions: Tensor, total: int) -> Rows:
         total: how many rows the input has.
     """
     sequences = len(rows.lengths)
+    if sequences == 1 and rows.mask is None:
+        return Rows(torch.tensor([len(positions)]))
     sequence = positions // (total // sequences)
     counted = torch.ones_like(positions, dtype=torch.bool) if rows.mask is None else rows.mask[positions]
     index = counted.nonzero().squeeze(1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -285,6 +286,26 @@ def test_passes_under_a_memory_budget_change_nothing(arguments, budget):
     assert len(found.passes) > 1
 
 
+@pytest.mark.parametrize("arguments", [{}, {"estimator": "fisher", "labels": "model", "mode": "per_loss_term"}])
+def test_an_interrupted_run_goes_on(arguments, tmp_path):
+    """Two of four batches are in the sums that were saved."""
+
+    class Interrupted(list):
+        def __iter__(self):
+            yield from self[:2]
+            raise KeyboardInterrupt
+
+    model, ids = Mixture(depth=2, matmul=True), sequences(*LENGTHS)
+    batches = [token_batch([x], [x]) for x in ids]
+    arguments = {"experts": True, "min_expert_tokens": 3, "progress": False, **arguments}
+    expected = calibrate(model, batches, **arguments)
+    arguments |= {"checkpoint": tmp_path / "state", "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, Interrupted(batches), **arguments)
+    assert list((tmp_path / "state").iterdir())
+    assert calibrate(model, batches, **arguments).matrices == expected.matrices
+
+
 def test_tied_stacks_are_one():
     model, ids = Mixture(depth=2).double(), sequences(*LENGTHS)
     first, second = (layer.experts for layer in model.layers)
@@ -439,6 +460,20 @@ def test_a_report_with_filled_experts_is_read_back(tmp_path):
     parts = [f"layers.0.experts.{part}.{expert}" for part in ("gate_up_proj", "down_proj") for expert in range(4)]
     assert list(report) == ["mix", "head", "routers.0", *parts]
     assert (report[parts[0]].calls, report[parts[0]].damping) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"from_siblings": True}, "mix is no expert of a stack .* so from_siblings cannot be true"),
+        ({"calls": 0}, "calls of mix is 0, so it has no sensitivity of its own"),
+    ],
+)
+def test_a_report_that_contradicts_itself_is_refused(change, message):
+    model, batch = few_tokens()
+    report = calibrate(model, [batch], targets=["mix"], progress=False)
+    with pytest.raises(ValueError, match=message):
+        replace(report, matrices={**report.matrices, "mix": replace(report["mix"], **change)})
 
 
 # --- what is asked for and what is refused
