@@ -24,7 +24,9 @@ struct DiagArguments {
     mask = torch::stable::contiguous(*mask_tensor);
   }
 
-  const bool* counted() const { return mask.has_value() ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr; }
+  const bool* counted() const {
+    return mask.has_value() ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+  }
 };
 
 }  // namespace sensilora

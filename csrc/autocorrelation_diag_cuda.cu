@@ -34,7 +34,7 @@ int64_t splits_for(Kernel kernel, int64_t strips, int64_t rows) {
 template <class Sum, class Out>
 void add_partials(const Tensor& partial, const Tensor& out, bool accumulate, cudaStream_t stream) {
   const int64_t columns = out.size(0);
-  add_partial_squares_kernel<<<grid_size(ceil_div(columns, 32)), 32 * kSumsWarps, 0, stream>>>(
+  autocorrelation_diag_reduce_kernel<<<grid_size(ceil_div(columns, 32)), 32 * kSumsWarps, 0, stream>>>(
       static_cast<const Sum*>(partial.const_data_ptr()), partial.size(0), columns, accumulate,
       static_cast<Out*>(out.mutable_data_ptr()), out.stride(0));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -55,7 +55,8 @@ void autocorrelation_diag(const Tensor& x_tensor, std::optional<Tensor> mask, Te
     const int64_t count = Columns<Stored>::kCount, strips = ceil_div(x.columns, kStripColumns<Stored>);
     const bool aligned =
         reinterpret_cast<uintptr_t>(data) % 16 == 0 && x.stride % count == 0 && x.columns % count == 0;
-    const auto kernel = aligned ? squares_kernel<T, true> : squares_kernel<T, false>;
+    const auto kernel =
+        aligned ? autocorrelation_diag_partial_kernel<T, true> : autocorrelation_diag_partial_kernel<T, false>;
     const int64_t rows_per_split = std::max<int64_t>(1, ceil_div(x.rows, splits_for(kernel, strips, x.rows)));
     const int64_t splits = std::max<int64_t>(1, ceil_div(x.rows, rows_per_split));
     const auto sums = std::is_same_v<Sum, double> ? ScalarType::Double : ScalarType::Float;

@@ -36,14 +36,14 @@ constexpr int kSquaresRows = 4;  // that a warp has on their way at once
 template <class Stored>
 constexpr int kStripColumns = 32 * Columns<Stored>::kCount;
 
-// partial (splits, columns) = sums of squares over the counted rows of each split. A block has a strip of columns of one
-// split, and its warps take the rows in turn. kAligned says that every thread's columns of every row lie within x and
-// on a multiple of 16 bytes. mask may be null.
+// partial (splits, columns) = sums of squares over the counted rows of each split. A block has a strip of columns of
+// one split, and its warps take the rows in turn. kAligned says that every thread's columns of every row lie within x
+// and on a multiple of 16 bytes. mask may be null.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(32 * kSquaresWarps)
-    squares_kernel(const typename T::Stored* __restrict__ x, int64_t rows, int64_t columns, int64_t stride,
-                   const bool* __restrict__ mask, int64_t strips, int64_t rows_per_split,
-                   typename T::Sum* __restrict__ partial) {
+    autocorrelation_diag_partial_kernel(const typename T::Stored* __restrict__ x, int64_t rows, int64_t columns,
+                                        int64_t stride, const bool* __restrict__ mask, int64_t strips,
+                                        int64_t rows_per_split, typename T::Sum* __restrict__ partial) {
   using Stored = typename T::Stored;
   using Sum = typename T::Sum;
   constexpr int kCount = Columns<Stored>::kCount, kStrip = kStripColumns<Stored>;
@@ -97,12 +97,12 @@ __global__ void __launch_bounds__(32 * kSquaresWarps)
 
 constexpr int kSumsWarps = 8;
 
-// out[j * stride] = the sum of partial (splits, columns) over the splits, or that more. A block has 32 columns, and its
-// warps take the splits in turn.
+// out[j * stride] = the sum of partial (splits, columns) over the splits, or that more. A block has 32 columns, and
+// its warps take the splits in turn.
 template <class Sum, class Out>
 __global__ void __launch_bounds__(32 * kSumsWarps)
-    add_partial_squares_kernel(const Sum* __restrict__ partial, int64_t splits, int64_t columns, bool accumulate,
-                               Out* __restrict__ out, int64_t stride) {
+    autocorrelation_diag_reduce_kernel(const Sum* __restrict__ partial, int64_t splits, int64_t columns,
+                                       bool accumulate, Out* __restrict__ out, int64_t stride) {
   __shared__ double parts[kSumsWarps][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t column = int64_t{blockIdx.x} * 32 + lane;

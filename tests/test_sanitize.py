@@ -140,11 +140,18 @@ def test_lora_segments(backend, dtype, p):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocorrelation_diag(dtype):
-    x = torch.randn(301, 77).to(dtype)
-    with use_backend("triton"):
-        got = autocorrelation_diag(x.to(DEVICE))
+@pytest.mark.parametrize("columns", [77, 264])
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_autocorrelation_diag(backend, columns, dtype):
+    reason = _backend.why_not("autocorrelation_diag", backend, DEVICE, dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    x = torch.randn(301, columns).to(dtype)
+    mask = torch.rand(301) > 0.3
+    with use_backend(backend):
+        got, masked = autocorrelation_diag(x.to(DEVICE)), autocorrelation_diag(x.to(DEVICE), mask=mask.to(DEVICE))
     assert relative_error(got, x.double().square().sum(0)) <= 1e-5
+    assert relative_error(masked, x[mask].double().square().sum(0)) <= 1e-5
 
 
 @pytest.mark.parametrize("mode", CONVENTIONS)

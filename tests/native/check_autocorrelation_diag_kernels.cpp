@@ -57,10 +57,10 @@ void check(int64_t rows, int64_t columns, int64_t splits_wanted, bool masked, bo
   const int64_t rows_per_split = std::max<int64_t>(1, (rows + splits_wanted - 1) / splits_wanted);
   const int64_t splits = std::max<int64_t>(1, (rows + rows_per_split - 1) / rows_per_split);
   std::vector<Sum> partial(splits * columns, NAN);
-  launch(squares_kernel<T, kAligned>, strips * splits, 32 * kSquaresWarps, x, rows, columns, stride,
-         masked ? mask.get() : nullptr, strips, rows_per_split, partial.data());
-  launch(add_partial_squares_kernel<Sum, Out>, (columns + 31) / 32, 32 * kSumsWarps, partial.data(), splits, columns,
-         accumulate, out.data(), kOutStride);
+  launch(autocorrelation_diag_partial_kernel<T, kAligned>, strips * splits, 32 * kSquaresWarps, x, rows, columns,
+         stride, masked ? mask.get() : nullptr, strips, rows_per_split, partial.data());
+  launch(autocorrelation_diag_reduce_kernel<Sum, Out>, (columns + 31) / 32, 32 * kSumsWarps, partial.data(), splits,
+         columns, accumulate, out.data(), kOutStride);
 
   const double tolerance = sizeof(Sum) == 8 && sizeof(Out) == 8 ? 1e-13 : 1e-6;
   bool right = true;
