@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import torch
 
-from benchmarks.harness import Case, Cases, Unavailable, relative_error
+from benchmarks.harness import Case, Cases, native, relative_error
 from sensilora import use_backend
-from sensilora.ops import _backend, autocorrelation_diag
+from sensilora.ops import autocorrelation_diag
 
 SHAPES = {"cpu": [(2048, 384), (2048, 1536), (16384, 384)], "cuda": [(8192, 4096), (8192, 14336)]}
 DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
@@ -48,20 +47,7 @@ def _case(device: str, rows: int, columns: int, dtype: torch.dtype) -> Case:
 
 
 def _native_case(rows: int, columns: int) -> Case:
-    """The CUDA C++ backend, which serves where Triton is not installed."""
-    reason = _backend.why_not("autocorrelation_diag", "native", "cuda", torch.bfloat16)
-    if reason is not None:
-        raise Unavailable(reason)
-    plain = _case("cuda", rows, columns, torch.bfloat16)
-
-    def native(function):
-        def run():
-            with use_backend("native"):
-                return function()
-
-        return run
-
-    return replace(plain, ours=native(plain.ours), errors=native(plain.errors), peers={"Triton": plain.ours})
+    return native(_case("cuda", rows, columns, torch.bfloat16), "autocorrelation_diag")
 
 
 def test_autocorrelation_diag(timed) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from benchmarks.harness import Case, Cases, relative_error
+from benchmarks.harness import Case, Cases, native, relative_error
 from sensilora import use_backend
 from sensilora.ops import fisher_diag
 from sensilora.ops.fisher_diag import CONVENTIONS
@@ -18,7 +19,7 @@ DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
 
 def cases(device: str) -> Cases:
     prefix = "cpu/" if device == "cpu" else ""
-    return {
+    found = {
         f"{prefix}fisher/{mode}/{shape[2]}x{shape[3]}/n{shape[0]}_t{shape[1]}/{str(dtype).removeprefix('torch.')}": (
             partial(_case, device, mode, shape, dtype)
         )
@@ -26,6 +27,13 @@ def cases(device: str) -> Cases:
         for shape in SHAPES[device]
         for dtype in DTYPES[device]
     }
+    if device == "cuda":
+        found |= {f"{name}/native": partial(_native_case, case) for name, case in found.items()}
+    return found
+
+
+def _native_case(case: Callable[[], Case]) -> Case:
+    return native(case(), "fisher_diag")
 
 
 def _case(device: str, mode: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.harness import Case, Cases, Unavailable, captured
+from benchmarks.harness import Case, Cases, captured, native
 from benchmarks.lora import (
     PEFT_DTYPES,
     SCALING,
@@ -27,7 +27,7 @@ from benchmarks.lora import (
     tensors,
 )
 from sensilora import use_backend
-from sensilora.ops import _backend, lora_linear
+from sensilora.ops import lora_linear
 
 # (in, out, rank, dropout), 8192 tokens
 GPU_SHAPES = [
@@ -124,21 +124,7 @@ def _graph_case() -> Case:
 
 
 def _native_case() -> Case:
-    """The CUDA C++ backend, which serves where Triton is not installed."""
-    for op in ("lora_linear", "lora_linear_backward"):
-        reason = _backend.why_not(op, "native", "cuda", torch.bfloat16)
-        if reason is not None:
-            raise Unavailable(reason)
-    plain = _gpu_case(TOKENS, 4096, 14336, 16, 0.0)
-
-    def native(function):
-        def run():
-            with use_backend("native"):
-                return function()
-
-        return run
-
-    return replace(plain, ours=native(plain.ours), errors=native(plain.errors), peers={"Triton": plain.ours})
+    return native(_gpu_case(TOKENS, 4096, 14336, 16, 0.0), "lora_linear", "lora_linear_backward")
 
 
 def _cpu_case(tokens: int, in_features: int, out_features: int, rank: int, p: float, dtype: torch.dtype) -> Case:

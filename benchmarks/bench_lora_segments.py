@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.harness import Case, Cases
+from benchmarks.harness import Case, Cases, native
 from benchmarks.lora import SCALING, eager, errors, leaves, step, tensors
 from sensilora.ops import lora_linear, lora_segments
 
+OP = "lora_segments"
 FEATURES = 4096
 ROWS = (1999, 101, 1531, 640, 2048, 17, 1209, 647)
 RANKS = (4, 33, 8, 64, 11, 48, 16, 24)
@@ -24,7 +25,11 @@ RANKS = (4, 33, 8, 64, 11, 48, 16, 24)
 def cases(device: str) -> Cases:
     if device == "cpu":
         return {}
-    return {"lora_segments/8_adapters/r4_to_64": partial(_case, device, FEATURES, ROWS, RANKS)}
+    mixed = partial(_case, device, FEATURES, ROWS, RANKS)
+    return {
+        "lora_segments/8_adapters/r4_to_64": mixed,
+        "lora_segments/8_adapters/r4_to_64/native": lambda: native(mixed(), OP, f"{OP}_backward"),
+    }
 
 
 def _case(device: str, features: int, rows: tuple[int, ...], ranks: tuple[int, ...]) -> Case:
