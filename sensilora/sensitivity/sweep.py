@@ -23,7 +23,7 @@ from sensilora.sensitivity.diagonals import DiagonalWriter
 from sensilora.sensitivity.estimator import Estimator
 from sensilora.sensitivity.report import MatrixSensitivity
 
-_UNITS = {"": 1, "mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
+_UNITS = {"mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
 _HEAD = "head:"
 _measured_adapter = TypeAdapter(dict[str, MatrixSensitivity])
 
@@ -34,10 +34,12 @@ def parse_bytes(name: str, size: str | int) -> int:
     Raises:
         CalibrationError: it is none of these, or not positive; `name` is the argument's.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
-    if isinstance(size, bool) or found is None or found[2] not in _UNITS or float(found[1]) == 0:
+    plain = re.fullmatch(r"\d+", str(size))
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([mg]i?b)\s*", str(size).lower())
+    amount = int(plain[0]) if plain else int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if isinstance(size, bool) or not amount:
         raise CalibrationError(f"{name}={size!r} is no size; give bytes, or for example '24GB' (MB, MiB, GB, GiB)")
-    return int(float(found[1]) * _UNITS[found[2]]) if found[2] or "." in found[1] else int(found[1])
+    return amount
 
 
 @dataclass(frozen=True)
