@@ -87,9 +87,9 @@ def _fisher(model: nn.Module, modules: dict[str, nn.Module], matrices: dict[str,
 
 
 @torch.no_grad()
-def _forward(model: nn.Module, batches: list[Inputs]) -> None:
+def _forward(model: nn.Module, batches: list[Inputs], **options: Any) -> None:
     for inputs in batches:
-        model(**inputs)
+        model(**inputs, **options)
 
 
 def _weights(shape: dict[str, Any]) -> tuple[int, int]:
@@ -115,6 +115,7 @@ def _activation_case(device: str, shape: dict[str, Any], sequences: int, length:
         peers={
             "hooks, x.float().square().sum(0)": _hooked(model, inputs, lambda x: x.float().square().sum(0)),
             "hooks, full XᵀX": _hooked(model, inputs, _full),
+            "plain, logits of one position": lambda: _forward(model, [inputs], logits_to_keep=1),
         },
         floor_flops=2 * sequences * length * _weights(shape)[0],
         peak_memory=True,
@@ -242,6 +243,7 @@ def _piqa_case(device: str, shape: dict[str, Any], sequences: int) -> Case:
         baseline=lambda: _forward(model, batches),
         errors=lambda: _activation_errors(device, shape, batches[:2], "diagonal"),
         tolerance=1e-5,
+        peers={"plain, logits of one position": lambda: _forward(model, batches, logits_to_keep=1)},
         floor_flops=2 * tokens * _weights(shape)[0],
         peak_memory=True,
     )
