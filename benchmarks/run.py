@@ -31,6 +31,7 @@ from benchmarks import (
     bench_lora_linear,
     bench_lora_segments,
     bench_model,
+    bench_peft,
 )
 from benchmarks.harness import Cases, Ceilings, Unavailable, run
 
@@ -44,6 +45,7 @@ MODULES = (
     bench_lora_group,
     bench_lora_segments,
     bench_model,
+    bench_peft,
     bench_calibrate,
 )
 RESULTS = Path(__file__).parent / "results"

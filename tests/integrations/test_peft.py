@@ -13,6 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.tuners.lora import Linear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
@@ -630,7 +631,7 @@ class TestAdapters:
 
     def test_rescaling_by_context(self):
         stock, fused = pair()
-        with peft.helpers.rescale_adapter_scale(stock, 0.5), peft.helpers.rescale_adapter_scale(fused, 0.5):
+        with rescale_adapter_scale(stock, 0.5), rescale_adapter_scale(fused, 0.5):
             torch.testing.assert_close(logits(fused), logits(stock))
 
     def test_input_casting_disabled(self):
@@ -639,7 +640,7 @@ class TestAdapters:
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.data = parameter.data.double()
-        with peft.helpers.disable_input_dtype_casting(fused), pytest.raises(RuntimeError):
+        with disable_input_dtype_casting(fused), pytest.raises(RuntimeError):
             logits(fused)
         torch.testing.assert_close(logits(fused), logits(stock))
 
