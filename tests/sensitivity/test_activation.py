@@ -383,6 +383,17 @@ def test_a_report_says_all_of_the_inverse_or_nothing():
             dataclasses.replace(report, **change)
 
 
+def test_inverse_in_several_passes_and_by_way_of_checkpoints_is_the_same(tmp_path):
+    model, batches = Net(), [classification_batch(sequences(*LENGTHS), [0] * 4)] * 3
+    options = {"variant": "inverse", "block_size": 4, "progress": False}
+    expected = calibrate(model, batches, **options)
+    swept = calibrate(model, batches, memory_budget=1000, **options)
+    assert len(swept.passes) > 1
+    assert sum(swept.passes) == sum(expected.passes) == 8 * 16 * (2 * (4 * 2 + 3))  # of 6 or 12 features
+    checkpointed = calibrate(model, batches, checkpoint=tmp_path / "state", checkpoint_every=1, **options)
+    assert swept.matrices == checkpointed.matrices == expected.matrices
+
+
 def test_inverse_on_device(device):
     model, ids = Net().double(), sequences(*LENGTHS)
     options = {"block_size": 4, "damping": 0.01}
