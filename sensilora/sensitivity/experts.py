@@ -119,6 +119,8 @@ def followed_experts(model: nn.Module, observer: Observer, stacks: Mapping[str, 
 
     def wrap(name: str, module: nn.Module, forward: Forward) -> Forward:
         def followed(*args: Any, **kwargs: Any) -> Any:
+            if observer.batch is None:
+                return forward(*args, **kwargs)
             with _Routing(observer, stacks[name], name, first_argument(args, kwargs)):
                 return forward(*args, **kwargs)
 
