@@ -21,7 +21,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("Measuring", "", [("sensilora.calibrate", sensilora.calibrate),
                        ("sensilora.SensitivityReport", sensilora.SensitivityReport),
                        *((f"sensilora.sensitivity.{name}", getattr(sensilora.sensitivity, name))
-                         for name in ("MatrixSensitivity", "ReportComparison", "Agreement", "Mover")),
+                         for name in ("MatrixSensitivity", "Diagonals", "ReportComparison", "Agreement", "Mover")),
                        ("sensilora.targets.find_targets", sensilora.targets.find_targets)]),
     ("Allotting ranks", "", [("sensilora.allocate", sensilora.allocate), ("sensilora.RankPlan", sensilora.RankPlan)]),
     ("Adapters", "", [(f"sensilora.{name}", getattr(sensilora, name))

@@ -306,6 +306,7 @@ def demo(
         "sensilora plan bert-base-uncased train.jsonl --estimator fisher --head-warmup-steps 100 --total-rank 288",
         "sensilora plan ./llama data.jsonl --config plan.yaml --tie qkv --tie gate_proj,up_proj",
         "sensilora plan ./llama corpus.txt --average-rank 8 --estimator fisher --compare activation-report.json",
+        "sensilora plan ./llama corpus.txt --average-rank 8 --estimator fisher --memory-budget 24GB --checkpoint run",
     )
 )
 def plan(
@@ -350,6 +351,29 @@ def plan(
     head_warmup_steps: Annotated[
         int, typer.Option("--head-warmup-steps", min=0, help="Fisher: train a new classifier head so long first.")
     ] = 0,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-budget",
+            metavar="SIZE",
+            help="Of the sums, for example 24GB: measure the matrices in as many passes over the data as that takes.",
+        ),
+    ] = None,
+    keep_diagonals: Annotated[
+        Path | None,
+        typer.Option("--keep-diagonals", metavar="FOLDER", help="Write the diagonals there too, as safetensors."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            metavar="FOLDER",
+            help="Keep the calibration's state there; the same command goes on from it after a kill or Ctrl-C.",
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option("--checkpoint-every", min=1, help="Batches between two states.")
+    ] = 100,
     samples: Annotated[
         int, typer.Option("--samples", min=0, help="Rows to calibrate on, drawn at random; 0 for all.")
     ] = 256,
@@ -399,7 +423,14 @@ def plan(
     if plot is not None:
         _check_picture(plot)
 
+    from sensilora.sensitivity.diagonals import remove_diagonals
     from sensilora.sensitivity.report import SensitivityReport
+    from sensilora.sensitivity.sweep import parse_bytes
+
+    if memory_budget is not None:
+        parse_bytes("--memory-budget", memory_budget)
+    if keep_diagonals is not None:
+        remove_diagonals(keep_diagonals, force=force)
 
     # Read now, since --report may name the same file.
     earlier = None if compare is None else SensitivityReport.load(compare)
@@ -432,22 +463,32 @@ def plan(
     allocate(rehearsal, **options)
     if earlier is not None:
         rehearsal.compare(earlier)
-    measured = calibrate(
-        loaded,
-        _batches(loaded, tokenizer, rows, names, max_length, batch_size),
-        estimator=estimator.value,
-        targets=wanted,
-        experts=experts,
-        min_expert_tokens=min_expert_tokens,
-        variant=variant.value,
-        block_size=block_size,
-        damping=damping,
-        mode=mode.value,
-        labels=labels.value,
-        draws=draws,
-        seed=seed,
-        head_warmup_steps=head_warmup_steps,
-    )
+    try:
+        measured = calibrate(
+            loaded,
+            _batches(loaded, tokenizer, rows, names, max_length, batch_size),
+            estimator=estimator.value,
+            targets=wanted,
+            experts=experts,
+            min_expert_tokens=min_expert_tokens,
+            variant=variant.value,
+            block_size=block_size,
+            damping=damping,
+            mode=mode.value,
+            labels=labels.value,
+            draws=draws,
+            seed=seed,
+            head_warmup_steps=head_warmup_steps,
+            memory_budget=memory_budget,
+            keep_diagonals=keep_diagonals or False,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+        )
+    except KeyboardInterrupt as interrupt:
+        if not str(interrupt):
+            raise
+        print(f"interrupted; run the same command again to go on from {checkpoint}", file=sys.stderr)
+        raise SystemExit(130) from interrupt
     made = allocate(measured, **options)
     if report is not None:
         measured.save(report)
@@ -459,7 +500,7 @@ def plan(
         _print(measured.compare(earlier, weights=made.allocation.weights))
     used = f"{made.budget.used:,} of {made.budget.total:,} used"
     print(f"{made.budget.kind} {made.budget.value:,}: {used}, {made.parameters:,} trainable parameters")
-    print("wrote " + ", ".join(str(path) for path in (output, report, plot) if path is not None))
+    print("wrote " + ", ".join(str(path) for path in (output, report, plot, keep_diagonals) if path is not None))
 
 
 @app.command(

@@ -26,6 +26,8 @@ from sensilora.cli import app, main
 from sensilora.data import read_rows
 from sensilora.integrations.transformers import classification_batches, load_sequence_classifier, load_tokenizer
 from sensilora.plan import RankPlan
+from sensilora.sensitivity import Diagonals
+from sensilora.sensitivity.fisher import FisherEstimator
 from sensilora.sensitivity.report import SensitivityReport
 from tests import tiny_models
 
@@ -579,6 +581,54 @@ def test_new_head_under_fisher_warns(files, work, capsys):
     assert "warning: the head 'classifier' looks newly initialised" in err
     assert run("plan", files / "bert", files / "train.jsonl", *options, "--head-warmup-steps", 3, "--force") == 0
     assert "warning" not in capsys.readouterr().err
+
+
+def test_plan_under_a_memory_budget_keeps_its_diagonals(files, work, capsys):
+    planned = ("plan", files / "llama", files / "corpus.txt", "--average-rank", 4, "--estimator", "fisher")
+    planned += ("--samples", 16, "--max-length", 16, "--batch-size", 4, "--report", "report.json")
+    succeed(capsys, *planned)
+    whole, plan = SensitivityReport.load("report.json"), Path("plan.json").read_text()
+    assert run(*planned, "--memory-budget", "50MB", "--keep-diagonals", "kept", "--force") == 0
+    captured = capsys.readouterr()
+    assert "memory_budget 50 MB: one pass over the calibration data" in captured.err
+    assert captured.out.rstrip().endswith("wrote plan.json, report.json, kept")
+    budget = max(4 * whole.diagonal_size(name) for name in whole)
+    kept = ("--memory-budget", budget, "--keep-diagonals", "kept")
+    Path("plan.json").unlink()
+    Path("report.json").unlink()
+    assert run(*planned, *kept) == 2
+    assert one_sentence(capsys) == "error: output folder kept exists already; pass --force to overwrite it"
+    succeed(capsys, *planned, *kept, "--force")
+    swept = SensitivityReport.load("report.json")
+    assert len(swept.passes) > 1
+    assert swept.matrices == whole.matrices
+    assert Path("plan.json").read_text() == plan
+    assert list(Diagonals("kept")) == list(whole)
+    assert run(*planned, "--memory-budget", "much", "--force") == 2
+    assert "--memory-budget='much' is no size" in one_sentence(capsys)
+
+
+def test_plan_goes_on_after_ctrl_c(files, work, capsys, monkeypatch):
+    planned = ("plan", files / "bert", files / "train.jsonl", "--average-rank", 4, "--samples", 24, "--batch-size", 4)
+    planned += ("--estimator", "fisher", "--head-warmup-steps", 2)
+    succeed(capsys, *planned, "--output", "whole.json")
+    observe, seen = FisherEstimator.observe, []
+
+    def interrupted(self, batch):
+        seen.append(batch)
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+        observe(self, batch)
+
+    monkeypatch.setattr(FisherEstimator, "observe", interrupted)
+    assert run(*planned, "--checkpoint", "state") == 130
+    assert capsys.readouterr().err.endswith("interrupted; run the same command again to go on from state\n")
+    assert content(work) == {"whole.json", "state", "state/calibration.json", "state/sums-2.safetensors"}
+    succeed(capsys, *planned, "--checkpoint", "state")
+    assert len(seen) == 6
+    assert content(work) == {"whole.json", "plan.json"}
+    whole, plan = RankPlan.load("whole.json"), RankPlan.load("plan.json")
+    assert plan.ranks == whole.ranks
 
 
 @pytest.mark.parametrize("command", ["plan", "train", "export"])

@@ -159,7 +159,8 @@ def calibrate(
         memory_budget: for the running sums of the diagonals, which for "fisher" are out · in fp32 numbers a matrix:
             bytes, or for example "24GB" or "24GiB". Matrices that do not fit together are measured in several passes
             over `batches`, which must then be the same each time; how many, and the memory of each, is shown before
-            the first and is in the report. The numbers are those of one pass, bit for bit. Besides the sums there are
+            the first and is in the report. The numbers are those of one pass, bit for bit where the model's own
+            passes are repeatable (on CUDA, `torch.use_deterministic_algorithms`). Besides the sums there are
             the model, its activations, and the working memory of one matrix. The sums of a single batch that takes
             one backward pass (`draws` is 1) exist one at a time, so that it takes one pass.
         keep_diagonals: write the diagonals too, in fp32, as safetensors files in this folder (True: "diagonals" in
@@ -167,9 +168,9 @@ def calibrate(
             one file's worth is in memory.
         max_shard_size: of a file of diagonals.
         checkpoint: a folder for the state, so that a run that was interrupted or killed goes on from there when it is
-            repeated with the same arguments, model and data, to the same numbers bit for bit. Batches that are in
-            the sums already are read, to know them again, and not run. Removed at the end. "hutchinson" goes on from
-            the last matrix that was finished.
+            repeated with the same arguments, model and data, to the same numbers, as above. Batches that are in the
+            sums already are read, to know them again, and not run. Removed at the end. "hutchinson" goes on from the
+            last matrix that was finished.
         checkpoint_every: batches between two states. Each takes as much room as the sums. Ctrl-C finishes the batch
             at hand and saves one; a second Ctrl-C does not wait.
         progress: show a progress bar (main process only).

@@ -122,5 +122,19 @@ class Diagonals(Mapping[str, Tensor]):
         return len(self._files)
 
 
+def remove_diagonals(folder: Path, *, force: bool) -> None:
+    """Make room for new diagonals where an earlier run's are. Those of an unfinished run, without an index, stay.
+
+    Raises:
+        OutputExistsError: there are some and `force` is false.
+    """
+    if not (folder / INDEX_FILE).exists():
+        return
+    if not force:
+        raise OutputExistsError(f"output folder {folder} exists already; pass --force to overwrite it")
+    remove_all_but(folder, INDEX_FILE, ())
+    remove_all_but(folder, _FILES, ())
+
+
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
