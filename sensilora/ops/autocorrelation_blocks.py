@@ -28,12 +28,15 @@ def autocorrelation_blocks(x: Tensor, block_size: int, *, mask: Tensor | None = 
         in_features in the last block. Unit: the square of x's. Not differentiable.
 
     Raises:
-        ValueError: a shape, dtype or the block size does not fit.
+        ValueError: a shape, dtype, device or the block size does not fit.
     """
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor (..., in_features), not {tuple(x.shape)} {x.dtype}")
-    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-        raise ValueError(f"mask must be bool of shape {tuple(x.shape[:-1])}, not {mask.dtype} {tuple(mask.shape)}")
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool or mask.device != x.device):
+        raise ValueError(
+            f"mask must be bool of shape {tuple(x.shape[:-1])} on {x.device}, "
+            f"not {mask.dtype} {tuple(mask.shape)} on {mask.device}"
+        )
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, not {block_size}")
     x = x.detach()

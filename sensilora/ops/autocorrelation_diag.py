@@ -32,8 +32,11 @@ def autocorrelation_diag(x: Tensor, *, mask: Tensor | None = None, out: Tensor |
     """
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor (..., in_features), not {tuple(x.shape)} {x.dtype}")
-    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-        raise ValueError(f"mask must be bool of shape {tuple(x.shape[:-1])}, not {mask.dtype} {tuple(mask.shape)}")
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool or mask.device != x.device):
+        raise ValueError(
+            f"mask must be bool of shape {tuple(x.shape[:-1])} on {x.device}, "
+            f"not {mask.dtype} {tuple(mask.shape)} on {mask.device}"
+        )
     if out is None:
         return _autocorrelation_diag(x, mask)
     if out.shape != x.shape[-1:] or out.dtype not in (torch.float32, torch.float64) or out.device != x.device:

@@ -109,6 +109,7 @@ def test_halves_are_summed_in_fp32_without_a_copy():
         (torch.ones(2, 3, dtype=torch.int64), 2, None, "must be a floating-point tensor"),
         (torch.ones(2, 3), 2, torch.ones(3, dtype=torch.bool), "mask must be bool of shape"),
         (torch.ones(2, 3), 2, torch.ones(2), "mask must be bool of shape"),
+        (torch.ones(2, 3), 2, torch.ones(2, dtype=torch.bool, device="meta"), "on cpu, not .* on meta"),
         (torch.ones(2, 3), 0, None, "block_size must be at least 1, not 0"),
     ],
 )

@@ -141,6 +141,7 @@ def test_opcheck(device, requires_grad):
         (torch.ones(2, 3, dtype=torch.int64), {}, "must be a floating-point tensor"),
         (torch.ones(2, 3), {"mask": torch.ones(3, dtype=torch.bool)}, "mask must be bool of shape"),
         (torch.ones(2, 3), {"mask": torch.ones(2)}, "mask must be bool of shape"),
+        (torch.ones(2, 3), {"mask": torch.ones(2, dtype=torch.bool, device="meta")}, "on cpu, not .* on meta"),
         (torch.ones(2, 3), {"out": torch.ones(2)}, "out must be fp32 or fp64 of shape"),
         (torch.ones(2, 3), {"out": torch.ones(3, dtype=torch.float16)}, "out must be fp32 or fp64"),
     ],
