@@ -287,7 +287,7 @@ def _segments(
 
 def _why_not_layer(layer: Any) -> str | None:
     if type(layer) not in (Linear, FusedLinear):
-        return f"{type(layer).__name__} is no LoRA layer over a linear base"
+        return f"{type(layer).__name__} is not PEFT's LoRA layer over nn.Linear or Conv1D"
     if "forward" in layer.__dict__ and not _only_aligns_devices(layer):
         return "the layer has a forward of its own"
     return _why_not_base(layer.base_layer)
