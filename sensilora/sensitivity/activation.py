@@ -83,7 +83,7 @@ class ActivationEstimator(Estimator):
         last = self._last
         # Query, key and value read the very same tensor one after the other: it is summed once.
         if last is None or last.x is not x or last.version != x._version or last.mask is not flat:
-            mask = None if flat is None else flat.view(x.shape[:-1])
+            mask = None if flat is None else flat.view(x.shape[:-1]).to(x.device)
             count = x.shape[:-1].numel() if rows is None else rows.count
             last = self._last = _Seen(x, x._version, flat, count, self._total(x, mask))
         # Many batches are summed in fp64; what comes out has the precision of one.
