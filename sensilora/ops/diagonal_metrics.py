@@ -118,10 +118,19 @@ def _native(diags: list[Tensor], counts: list[int], alpha: float) -> tuple[Tenso
     return torch.ops.sensilora_C.diagonal_metrics(diags, counts, alpha)
 
 
+def _triton(diags: list[Tensor], counts: list[int], alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    from sensilora.kernels.diagonal_metrics import launch_diagonal_metrics
+
+    with torch.cuda.device_of(diags[0]):
+        return launch_diagonal_metrics(diags, counts, alpha)
+
+
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+# CUDA before Triton, which has no addition to shared memory.
 _backend.register(
     "diagonal_metrics",
     native=Implementation(_native, _DTYPES),
+    triton=Implementation(_triton, _DTYPES),
     torch=Implementation(_reference),
 )
 
