@@ -28,6 +28,9 @@ from sensilora.sensitivity.losses import likelihood
 from sensilora.sensitivity.report import HessianProduct, ProbeStatistics
 from sensilora.targets import is_conv1d
 
+# What autograd says where it cannot go on, and this package's own ops.
+_NO_SECOND_DERIVATIVE = ("derivative for", "no autograd formula", "differentiated twice")
+
 
 class HutchinsonEstimator(Estimator):
     """Keeps the batches, and probes one matrix after the other when its diagonal is asked for.
@@ -56,16 +59,16 @@ class HutchinsonEstimator(Estimator):
         self.probes, self.min_probes, self.tolerance, self.hvp = probes, min_probes, tolerance, hvp
         self.seed, self.k, self.alpha = seed, k, alpha
         self.loss_fn, self.shift_labels = loss_fn, shift_labels
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        if hvp == "double_backward" and attention not in (None, "eager", "sdpa"):
+            raise CalibrationError(
+                f"attention of the kind {attention!r} may have no second derivative; load the model with "
+                "attn_implementation='sdpa' or 'eager', or use hvp='central_differences'"
+            )
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
         self._scale = FP16_LOSS_SCALE if half else 1.0
         self._places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         self._kept: list[Batch] = []
-        for name, module in modules.items():
-            if "weight" not in module._parameters:
-                raise CalibrationError(
-                    f"the weight of module {name!r} is computed by a parametrisation, which has no Hessian of its "
-                    "own; remove the parametrisation, or leave the module out of targets"
-                )
 
     def wrap(self, name: str, module: nn.Module, forward: Forward) -> Forward:
         matrix = self.matrices[name]
@@ -87,6 +90,7 @@ class HutchinsonEstimator(Estimator):
         self.batch = batch
         with torch.enable_grad():
             loss, sequences = self._loss(batch)
+        self.batch = None
         if not bool(loss.isfinite()):
             raise_non_finite(self.model, self.modules, batch, "the loss")
         if sequences:
@@ -94,7 +98,6 @@ class HutchinsonEstimator(Estimator):
         self.batches += 1
         self.tokens += batch.streams[0].tokens if batch.streams else batch.size
         self.sequences += sequences
-        self.batch = None
 
     def rewind(self) -> None:
         super().rewind()
@@ -170,8 +173,7 @@ class HutchinsonEstimator(Estimator):
             with torch.enable_grad(), attention:
                 yield
         except RuntimeError as error:
-            # Autograd's own words: "derivative for ... is not implemented", "trying to differentiate twice".
-            if "derivative for" not in str(error) and "differentiate twice" not in str(error):
+            if not any(words in str(error) for words in _NO_SECOND_DERIVATIVE):
                 raise
             raise CalibrationError(
                 f"the Hessian of module {matrix.name!r} cannot be taken by double backward, for an operation between "
@@ -206,6 +208,7 @@ class HutchinsonEstimator(Estimator):
         # Without a graph the loss does not depend on the weight, or only in proportion to it.
         if gradient is None or not gradient.requires_grad:
             return
+        _check_differentiable(gradient)
         for offset in offsets:
             z = rademacher(weight.shape, seed=self.seed, offset=offset, dtype=weight.dtype, device=weight.device)
             keep = offset != offsets[-1]
@@ -216,13 +219,13 @@ class HutchinsonEstimator(Estimator):
     def _central_differences(
         self, weight: nn.Parameter, batch: Batch, offsets: list[int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(∇L(W + εz) − ∇L(W − εz)) / 2ε, with ε the cube root of the dtype's precision times the weight's norm.
+        """(∇L(W + εz) − ∇L(W − εz)) / 2ε, ε the root mean square of W times the cube root of its rounding error.
 
-        That balances the error of rounding with the one of the third derivative.
+        That balances what rounding does, in proportion to 1/ε, with what the third derivative does, to ε².
         """
         original = weight.detach().clone()
-        norm = float(original.double().square().mean().sqrt()) or 1.0
-        step = norm * torch.finfo(weight.dtype).eps ** (1 / 3)
+        size = float(original.double().square().mean().sqrt()) or 1.0
+        step = size * (torch.finfo(weight.dtype).eps / 2) ** (1 / 3)
         try:
             for offset in offsets:
                 z = rademacher(weight.shape, seed=self.seed, offset=offset, dtype=weight.dtype, device=weight.device)
@@ -241,6 +244,24 @@ class HutchinsonEstimator(Estimator):
         if not loss.requires_grad:
             return None
         return torch.autograd.grad(loss * self._scale, weight, create_graph=create_graph, allow_unused=True)[0]
+
+
+def _check_differentiable(gradient: Tensor) -> None:
+    """Raise RuntimeError if a function marked with @once_differentiable had a part in the gradient.
+
+    Autograd's node that would say so is a dead end, which no path to the weight crosses: its part would be missing
+    from the Hessian without a word.
+    """
+    seen: set[Any] = set()
+    ahead = [gradient.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("derivative for a function that is marked with @once_differentiable")
+        ahead.extend(before for before, _ in node.next_functions)
 
 
 def _standard_error(values: list[float]) -> float:
