@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sensilora.kernels import lora_linear, lora_segments
+from sensilora.kernels import fisher_diag, hutchinson, lora_linear, lora_segments
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -56,7 +56,9 @@ def compiled(kernel, types: dict, constants: dict, **options) -> dict[str, int]:
     return {"registers": int(registers), "spilled": int(stack), "shared": binary.metadata.shared}
 
 
-def product(members: int, rank_block: int, update: str, transposed: bool, dropout: bool = False) -> dict[str, int]:
+def product(
+    members: int, rank_block: int, update: str, transposed: bool, dropout: bool = False, add: bool = False
+) -> dict[str, int]:
     block_t, block_c, block_k, group, warps, stages = lora_linear.PRODUCT_CONFIG
     parts = lora_linear.PRODUCT_PARTS[dropout]
     left, products = f"tensordesc<bf16[{block_t}, {block_k}]>", range(lora_linear.PRODUCTS)
@@ -82,8 +84,9 @@ def product(members: int, rank_block: int, update: str, transposed: bool, dropou
     }
     constants = {
         "PRODUCTS": members, "HAS_BIAS": transposed, "DROPOUT": dropout, "STACKS": members if dropout else 1,
-        "UPDATE": update, "ALIGNED": not transposed, "TRANSPOSED": transposed, "OVERLAP": True, "BLOCK_T": block_t,
-        "BLOCK_C": block_c, "BLOCK_K": block_k, "BLOCK_R": rank_block, "GROUP": group, "PARTS": parts,
+        "UPDATE": update, "ALIGNED": not transposed, "TRANSPOSED": transposed, "OVERLAP": True, "ADD": add,
+        "BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_K": block_k, "BLOCK_R": rank_block, "GROUP": group,
+        "PARTS": parts,
     }  # fmt: skip
     kernel, registers = lora_linear._lora_product_kernel, lora_linear.PRODUCT_REGISTERS
     return compiled(kernel, types, constants, num_warps=warps, num_stages=stages, maxnreg=registers)
@@ -160,6 +163,29 @@ def segments_down(block_r: int, dropout: bool = False) -> dict[str, int]:
     return compiled(lora_segments._segments_down_kernel, types, constants, num_warps=warps, num_stages=stages)
 
 
+def hutchinson_accumulate(dtype: str) -> dict[str, int]:
+    types = {
+        "hz": f"*{dtype}", "out": "*fp32", "size": "i32",
+        **dict.fromkeys(("key0", "key1", "offset0", "offset1"), "i32 any"),
+    }  # fmt: skip
+    kernel, constants = hutchinson._hutchinson_accumulate_kernel, {"BLOCK": hutchinson.BLOCK}
+    return compiled(kernel, types, constants, num_warps=hutchinson.WARPS)
+
+
+def fisher(position: bool) -> dict[str, int]:
+    block_m, block_n, block_k, group, warps, stages = fisher_diag.TMA_CONFIG
+    types = {
+        "grad": f"tensordesc<bf16[{block_k}, {block_m}]>", "x": f"tensordesc<bf16[{block_k}, {block_n}]>",
+        "out": f"tensordesc<fp32[{block_m}, {block_n // 2}]>", "counts": "*i32", "splits": "*i32",
+        **dict.fromkeys(("rows", "out_features", "in_features"), "i32"),
+    }  # fmt: skip
+    constants = {
+        "POSITION": position, "ACCUMULATE": True, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+        "GROUP": group, "STAGES": stages,
+    }  # fmt: skip
+    return compiled(fisher_diag._fisher_tma_kernel, types, constants, num_warps=warps)
+
+
 CASES = {
     "reduce of sizes of one": lambda: reduce("1"),
     "reduce of other sizes": lambda: reduce("i32 any"),
@@ -167,13 +193,19 @@ CASES = {
     "product early 32": lambda: product(1, 32, "early", transposed=False),
     "product late 64": lambda: product(3, 64, "late", transposed=False),
     "product dropout 16": lambda: product(1, 16, "parts", transposed=False, dropout=True),
+    "product add 16": lambda: product(1, 16, "early", transposed=False, add=True),
+    "product add dropout 16": lambda: product(1, 16, "parts", transposed=False, dropout=True, add=True),
     "segments product": segments_product,
     "segments down 64": lambda: segments_down(64),
+    "fisher per_sequence": lambda: fisher(position=False),
+    "fisher per_position": lambda: fisher(position=True),
     "down_beside 16": lambda: down("down_beside", 16, 1),
-    "down_beside 16 dropout": lambda: down("down_beside", 16, 1, dropout=True),
+    "down_dropout 16": lambda: down("down_dropout", 16, 1, dropout=True),
     "down_beside 64": lambda: down("down_beside", 64, 3),
     "outer_beside 16": lambda: outer("outer_beside", 16),
     "outer_dropout_beside 16": lambda: outer("outer_dropout_beside", 16, dropout=True),
+    "hutchinson fp32": lambda: hutchinson_accumulate("fp32"),
+    "hutchinson bf16": lambda: hutchinson_accumulate("bf16"),
 }
 
 if __name__ == "__main__":

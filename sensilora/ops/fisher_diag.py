@@ -133,7 +133,18 @@ def _native(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, ou
     torch.ops.sensilora_C.fisher_diag(x, grad_output, lengths, CONVENTIONS.index(convention), out, accumulate)
 
 
-_backend.register("fisher_diag", native=Implementation(_native), torch=Implementation(_reference))
+def _triton(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, out: Tensor, accumulate: bool) -> None:
+    from sensilora.kernels.fisher_diag import launch_fisher_diag
+
+    launch_fisher_diag(x, grad_output, lengths, convention, out, accumulate)
+
+
+_backend.register(
+    "fisher_diag",
+    triton=Implementation(_triton, frozenset({torch.float32, torch.bfloat16, torch.float16})),
+    native=Implementation(_native),
+    torch=Implementation(_reference),
+)
 
 
 def _run(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, out: Tensor, accumulate: bool) -> None:

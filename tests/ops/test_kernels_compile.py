@@ -29,14 +29,21 @@ def test_nothing_is_spilled_in_the_main_loops(usage):
     assert {name: case["spilled"] for name, case in usage.items() if case["spilled"] > 256} == {}
 
 
-@pytest.mark.parametrize("product", ["product early 16", "product early 32", "segments product"])
-@pytest.mark.parametrize("beside", ["down_beside 16", "down_beside 16 dropout", "outer_beside 16"])
+@pytest.mark.parametrize("product", ["product early 16", "product early 32", "product add 16", "segments product"])
+@pytest.mark.parametrize("beside", ["down_beside 16", "outer_beside 16"])
 def test_the_skinny_passes_find_room_beside_the_product(usage, product, beside):
     product, beside = usage[product], usage[beside]
     # Eight warps and four, their registers allotted in steps of 8 a thread.
     registers = 256 * -(-product["registers"] // 8) * 8 + 128 * -(-beside["registers"] // 8) * 8
     assert registers <= REGISTERS
     assert product["shared"] + beside["shared"] + 2 * RESERVED <= SHARED
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_signs_leave_room_for_loads_in_flight(usage, dtype):
+    # Half of the threads a multiprocessor can hold, each with 32 elements under way.
+    assert usage[f"hutchinson {dtype}"]["registers"] <= 64
+    assert usage[f"hutchinson {dtype}"]["spilled"] == 0
 
 
 def test_sizes_of_one_compile(usage):
