@@ -209,9 +209,10 @@ def _store_tile(
     out, total, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds,
     keep_scales,
     rows, columns, first_t, first_c, dtype: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
-    DROPOUT: tl.constexpr, STACKS: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
+    DROPOUT: tl.constexpr, STACKS: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr, ADD: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Store in PARTS column parts, each with its share of the update added.
+    """Store in PARTS column parts, each with its share of the update added, and with ADD what is there already.
 
     Parts take less shared memory, so that the tiles of one more stage have room, and their updates fewer registers.
     """
@@ -225,18 +226,20 @@ def _store_tile(
         if HAS_BIAS:
             c = first_c + tl.arange(0, BLOCK_C)
             total += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+        if ADD:
+            total += out.load([first_t, first_c]).to(tl.float32)
         out.store([first_t, first_c], total.to(out.dtype))
     else:
         low, high = _halves(total)
         _store_tile(
             out, low, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds,
             keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS, UPDATE, DROPOUT, STACKS, BLOCK_R, ALIGNED,
-            PARTS // 2,
+            ADD, PARTS // 2,
         )  # fmt: skip
         _store_tile(
             out, high, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds,
             keep_scales, rows, columns, first_t, first_c + BLOCK_C // 2, dtype, HAS_BIAS, UPDATE, DROPOUT, STACKS,
-            BLOCK_R, ALIGNED, PARTS // 2,
+            BLOCK_R, ALIGNED, ADD, PARTS // 2,
         )  # fmt: skip
 
 
@@ -274,6 +277,7 @@ def _lora_product_kernel(
     ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     OVERLAP: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -284,8 +288,9 @@ def _lora_product_kernel(
     """out = Σ left_i matrix_i + bias + scale * skinny updates, persistent, tiles by TMA; the update is one more dot.
 
     left_i (rows, reduced_i); matrix_i (reduced_i, columns), or TRANSPOSED; skinny (rows, stack); updates stacked
-    (stack, columns), with DROPOUT masked. UPDATE says when they are fetched: "early", before the product, "late",
-    after it, both in one block of ranks, or for each of the "parts" in which the tile is stored.
+    (stack, columns), with DROPOUT masked; with ADD all is added to out. UPDATE says when they are fetched: "early",
+    before the product, "late", after it, both in one block of ranks, or for each of the "parts" in which the tile is
+    stored.
     """
     tiles_t, tiles_c = tl.cdiv(rows, BLOCK_T), tl.cdiv(columns, BLOCK_C)
     dtype: tl.constexpr = skinny.dtype.element_ty
@@ -319,8 +324,7 @@ def _lora_product_kernel(
         _store_tile(
             out, total, bias, skinny, skinny_stride, updates, ranks, update_strides_r, update_stride_c, scale, seeds,
             thresholds, keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS, UPDATE == "parts", DROPOUT,
-            STACKS,
-            BLOCK_R, ALIGNED, PARTS,
+            STACKS, BLOCK_R, ALIGNED, ADD, PARTS,
         )  # fmt: skip
 
 
@@ -480,6 +484,7 @@ def _reduce_kernel(
 # enough idle multiprocessors at its end; "behind" ones wait for those with larger tiles of their own.
 CONFIGS: dict[str, dict[int, tuple[int, ...]]] = {
     "down": {16: (32, 128, 4, 4), 32: (32, 128, 4, 4), 64: (64, 128, 4, 4), 128: (32, 64, 4, 4)},
+    "down_dropout": {16: (64, 64, 4, 6), 32: (64, 64, 4, 6), 64: (64, 64, 4, 4), 128: (32, 64, 4, 4)},
     "down_beside": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 32, 4, 4), 128: (32, 64, 4, 3)},
     "up": {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 4, 2)},
     "outer": {16: (64, 64, 4, 3, 4), 32: (64, 128, 4, 3, 2), 64: (128, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
@@ -618,7 +623,8 @@ def launch_lora_down(x, matrices, h, scale, threshold, seed, *, beside=False, ov
     rows, in_features = x.shape
     matrices = _stackable(matrices)
     stack, ranks, strides_r, stride_k = _stack(matrices)
-    block_t, block_k, warps, stages = _config("down_beside" if beside else "down", stack, x)
+    name = "down_dropout" if threshold else "down_beside" if beside else "down"
+    block_t, block_k, warps, stages = _config(name, stack, x)
     block_r = _bucket(stack)
     row_tiles, rank_tiles = _cdiv(rows, block_t), _cdiv(stack, block_r)
     # Two steps a program at least, or summing the partial sums costs more than it saves.
@@ -631,7 +637,7 @@ def launch_lora_down(x, matrices, h, scale, threshold, seed, *, beside=False, ov
         threshold,
         split_size,
         DROPOUT=threshold > 0, EVEN_K=in_features % block_k == 0, ALIGNED=_aligned(matrices),
-        PRECISION=_precision(x.dtype), OVERLAP=beside,
+        PRECISION=_precision(x.dtype), OVERLAP=beside and x.is_cuda,
         BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=warps, num_stages=stages,
         **_overlapping(overlap),
     )  # fmt: skip
@@ -663,11 +669,13 @@ def product_serves(left: torch.Tensor, matrix: torch.Tensor, rank: int) -> bool:
     )
 
 
-def launch_lora_product(lefts, matrices, bias, skinny, updates, scale, thresholds, keep_scales, seeds):
+def launch_lora_product(
+    lefts, matrices, bias, skinny, updates, scale, thresholds, keep_scales, seeds, *, add_to=None
+):
     """Σ left_i (rows, reduced_i) matrix_i (reduced_i, columns) + bias + scale * skinny (rows, stack) stacked updates.
 
     With a threshold above 0 every update is masked and scaled by its keep_scale first, with one mask for all where
-    there is one seed.
+    there is one seed. `add_to` (rows, columns) is added, in place.
     """
     rows, columns = lefts[0].shape[0], matrices[0].shape[1]
     updates = _stackable(updates)
@@ -678,7 +686,9 @@ def launch_lora_product(lefts, matrices, bias, skinny, updates, scale, threshold
     stacks = len(updates) if dropout and seeds.numel() > 1 else 1
     transposed = not _row_major(matrices[0])
     shape = [block_c, block_k] if transposed else [block_k, block_c]
-    out = torch.empty(rows, columns, dtype=lefts[0].dtype, device=lefts[0].device)
+    out = add_to
+    if out is None:
+        out = torch.empty(rows, columns, dtype=lefts[0].dtype, device=lefts[0].device)
     missing = [None] * (PRODUCTS - len(lefts))
     tiles = _cdiv(rows, block_t) * _cdiv(columns, block_c)
     # No more programs than finish together.
@@ -693,8 +703,8 @@ def launch_lora_product(lefts, matrices, bias, skinny, updates, scale, threshold
         PRODUCTS=len(lefts), HAS_BIAS=bias is not None, DROPOUT=dropout, STACKS=stacks,
         UPDATE="parts" if dropout or stack > block_r else "early" if stack <= EARLY_RANK else "late",
         ALIGNED=_aligned(updates), TRANSPOSED=transposed,
-        OVERLAP=overlap, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=block_r, GROUP=group,
-        PARTS=parts, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS,
+        OVERLAP=overlap, ADD=add_to is not None, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=block_r,
+        GROUP=group, PARTS=parts, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS,
         **_overlapping(overlap),
     )  # fmt: skip
     return out
@@ -746,8 +756,8 @@ def launch_lora_outer(left, skinny, outs, scale, threshold, seed, *, update=None
         left, skinny, outs, partial, matrices, grad_x, seed, rows, columns, skinny.stride(0), stack, ranks, strides_r,
         stride_c, matrix_strides_r, matrix_stride_c, scale, threshold, row_tiles,
         SPLIT=partial is not None, UPDATE=grad_x is not None, DROPOUT=threshold > 0, EVEN_C=columns % block_c == 0,
-        ALIGNED=_aligned(outs) and _aligned(matrices), PRECISION=_precision(left.dtype), OVERLAP=overlap,
-        BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_R=block_r,
+        ALIGNED=_aligned(outs) and _aligned(matrices), PRECISION=_precision(left.dtype),
+        OVERLAP=overlap and left.is_cuda, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_R=block_r,
         num_warps=warps, num_stages=stages, **_overlapping(overlap),
     )  # fmt: skip
     return [] if partial is None else [(partial, outs)]
@@ -834,12 +844,13 @@ def launch_lora_group(
     overlap = False
     for i in range(len(weights)):
         if i in masks:
-            # Projections with a mask of their own: from the second on the pass runs beside the product before it.
             members, threshold, keep_scale, seed = masks[i]
             adapters, columns = [lora_As[j] for j in members], h[:, _columns(ranks, members)]
+            # A mask is arithmetic, of which a product beside it loses more than the pass takes by itself.
+            beside = any(served) and not threshold
             with _on(side):
                 launch_lora_down(
-                    x, adapters, columns, keep_scale, threshold, seed, beside=any(served), overlap=overlap
+                    x, adapters, columns, keep_scale, threshold, seed, beside=beside, overlap=overlap and beside
                 )
         skinny = h[:, _columns(ranks, [i])]
         overlap = served[i]
@@ -890,6 +901,12 @@ def launch_lora_group_backward(
         and all(product_serves(grad, weight, stack_size(ranks)) for grad, weight in zip(grads, weights, strict=True))
     )
     long = x.shape[1] * sum(grad.shape[1] for grad in grads) >= LONG_PRODUCT
+    all_adapted = len(grads) == len(adapted) > 1
+    own_masks = seeds is not None and seeds.numel() > 1
+    if fused and all_adapted and _one_by_one(weights, own_masks):
+        return _backward_one_by_one(
+            grads, x, h, weights, lora_As, lora_Bs, scalings, thresholds, keep_scales, seeds, grad_As, grad_Bs
+        )
     q = torch.empty(rows, stack_size(ranks), dtype=x.dtype, device=x.device)
     side = None if fused else _side_stream(x)
     pending = []
@@ -937,6 +954,44 @@ def launch_lora_group_backward(
             pending += launch_lora_outer(
                 grads[i], h[:, _columns(ranks, [i])], (grad_Bs[i].T,), scalings[i], 0, None, overlap=True, long=long
             )
+    launch_reduce(pending)
+    return grad_x, grad_As, grad_Bs
+
+
+def _one_by_one(weights: list[torch.Tensor], own_masks: bool) -> bool:
+    """Whether dx is summed up by a product for each projection, or by one for all, as measured.
+
+    One product is slower where it is long, and where a tile has several masks to make before it can be stored.
+    """
+    return own_masks or min(weight.numel() for weight in weights) >= LONG_PRODUCT
+
+
+def _backward_one_by_one(
+    grads, x, h, weights, lora_As, lora_Bs, scalings, thresholds, keep_scales, seeds, grad_As, grad_Bs
+):
+    """`launch_lora_group_backward` where each projection's product adds to dx; launches run beside the one before."""
+    ranks = [a.shape[0] for a in lora_As]
+    q = torch.empty(x.shape[0], stack_size(ranks), dtype=x.dtype, device=x.device)
+    masks = _masks(ranks, thresholds, keep_scales, None if seeds is None else seeds.contiguous())
+    # Copies first, and held to the end, as in launch_lora_group_backward.
+    updates = [_stackable([a])[0] for a in lora_As]
+    packed_B_Ts = [packed(lora_B.T, x) for lora_B in lora_Bs]
+    grad_x, pending = None, []
+    for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+        long = weight.numel() >= LONG_PRODUCT
+        columns, (members, threshold, keep_scale, seed) = _columns(ranks, [i]), masks[min(i, len(masks) - 1)]
+        launch_lora_down(grad, [packed_B_Ts[i]], q[:, columns], scalings[i], 0, None, beside=True, overlap=i > 0)
+        grad_x = launch_lora_product(
+            [grad], [weight], None, q[:, columns], [updates[i]], 1.0, [threshold], [keep_scale], seed, add_to=grad_x
+        )
+        if i == members[-1]:
+            # As soon as all of q is there that one pass over x, with one mask, can take.
+            outs = tuple(grad_As[j] for j in members)
+            skinny = q[:, _columns(ranks, members)]
+            pending += launch_lora_outer(x, skinny, outs, keep_scale, threshold, seed, overlap=True, long=long)
+        pending += launch_lora_outer(
+            grad, h[:, columns], (grad_Bs[i].T,), scalings[i], 0, None, overlap=True, long=long
+        )
     launch_reduce(pending)
     return grad_x, grad_As, grad_Bs
 

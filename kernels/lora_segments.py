@@ -81,8 +81,8 @@ def _stretch(offsets, adapters, ints, segments, count, rows, slot, BLOCK_T: tl.c
 
 @triton.jit
 def _down_stretch(
-    x, matrix, h, key, threshold, scale, rows_inside, first_row, in_features, first, rank, first_r, stride_r, stride_k,
-    h_stride,
+    x, matrix, h, key, threshold, scale, rows_inside, first_row, in_features, first, rank, first_r, stride_r,
+    stride_k, h_stride,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -339,14 +339,17 @@ class _Segments:
 
 
 def _packed(stack, like):
-    """The stack (Σ ranks, other) in like's dtype with contiguous rows, since every tile of the product reads it."""
+    """The stack (Σ ranks, other) as kernels read it fast: itself, or a copy in like's dtype with contiguous rows."""
+    if stack.stride(1) == 1:
+        return stack
     return stack.to(like.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _down(x, matrix, segments, scales, *, dropout, beside):
     """h (rows, max_rank) = scale * drop(x) matrixᵀ for matrix (stack, in_features); padded to have aligned rows."""
     rows, in_features = x.shape
-    block_t, block_k, warps, stages = _config("down_beside" if beside else "down", segments.block_r, x)
+    name = "down_dropout" if dropout else "down_beside" if beside else "down"
+    block_t, block_k, warps, stages = _config(name, segments.block_r, x)
     h = torch.empty(rows, padded(segments.max_rank), dtype=x.dtype, device=x.device)
     _segments_down_kernel[(segments.slots(rows, block_t), segments.rank_tiles)](
         x, matrix, h, segments.seed, segments.offsets, segments.adapters, segments.ints, scales, rows, in_features,
@@ -434,7 +437,9 @@ def launch_lora_segments(
     segments = _Segments(ints, floats, offsets, adapters, seed, max_rank)
     lora_A, B_T = _packed(lora_A, x), _packed(lora_B.T, x)
     fused = product_serves(x, weight.T, max_rank)
-    h = _down(x, lora_A, segments, segments.keep_scale, dropout=any_dropout, beside=fused)
+    # With a mask not beside the product, as in launch_lora_group.
+    beside = fused and not any_dropout
+    h = _down(x, lora_A, segments, segments.keep_scale, dropout=any_dropout, beside=beside)
     if fused:
         bias = None if bias is None else bias.contiguous()
         return _product(x, weight.T, bias, h, B_T, segments, scaled=True), h

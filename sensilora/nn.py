@@ -246,9 +246,6 @@ def _joint(layers: Sequence[VarRankLoRALinear], x: Tensor, *, shared_dropout_mas
     shared_dropout_mask = shared_dropout_mask and max(ps) > 0.0
     if len(layers) < 2 or (shared_dropout_mask and len(set(ps)) > 1):
         return None
-    # Measured on an H200: with a mask for each, layers are faster one by one (docs/benchmarks.md).
-    if x.is_cuda and max(ps) > 0.0 and not shared_dropout_mask:
-        return None
     for layer in layers:
         # Wrappers (sharding, offloading, parametrisation) make weights ready in a pre-hook or in a forward of their
         # own, and backward hooks want an input of their own.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from sensilora.errors import BackendError
-from sensilora.ops import lora_group, lora_linear, use_backend
+from sensilora.ops import _backend, lora_group, lora_linear, use_backend
 from sensilora.ops._dropout import keep_mask, keep_scale
 from sensilora.ops._lora import columns_of_h
 from sensilora.ops.lora_group import _lora_group, _lora_group_backward
@@ -448,7 +448,7 @@ def test_what_the_product_reads_outlives_the_passes_beside_it(monkeypatch):
     kernels = pytest.importorskip("sensilora.kernels.lora_linear")
     read = []
 
-    def product(lefts, matrices, bias, skinny, updates, *masks):
+    def product(lefts, matrices, bias, skinny, updates, *masks, **add_to):
         read.extend(map(weakref.ref, kernels._stackable(updates)))
         return lefts[0] @ matrices[0]
 
@@ -475,7 +475,7 @@ def test_the_product_reads_biases_and_seeds_of_any_strides(monkeypatch):
     kernels = pytest.importorskip("sensilora.kernels.lora_linear")
     read = []
 
-    def product(lefts, matrices, bias, skinny, updates, scale, thresholds, keep_scales, seeds):
+    def product(lefts, matrices, bias, skinny, updates, scale, thresholds, keep_scales, seeds, **add_to):
         read.extend(tensor for tensor in (bias, seeds) if tensor is not None)
         return lefts[0] @ matrices[0]
 
@@ -489,5 +489,22 @@ def test_the_product_reads_biases_and_seeds_of_any_strides(monkeypatch):
     adapters = group.weights, group.lora_As, group.lora_Bs, group.scalings
     kernels.launch_lora_group(group.x, group.weights, biases, *adapters[1:], *mask)
     kernels.launch_lora_group_backward(group.upstreams, group.x, torch.zeros(6, 32), *adapters, *mask, True)
-    assert [tensor.tolist() for tensor in read] == [[0.0, 2.0, 4.0, 6.0, 8.0]] * 2 + [[7, 7]]
+    assert [tensor.tolist() for tensor in read] == [[0.0, 2.0, 4.0, 6.0, 8.0]] * 2 + [[7], [7]]
     assert all(tensor.is_contiguous() for tensor in read)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("masks", ["none", "shared", "own"])
+def test_hoppers_product_matches_oracle(monkeypatch, on_backend, device, masks, one_by_one, poisoned_empty):
+    """Both ways to sum the gradient of x up, with every kind of mask; the interpreter knows tensor descriptors."""
+    with on_backend(OP, torch.float16):
+        if _backend.forced_backend() != "triton":
+            pytest.skip("the product is Triton's")
+        kernels = pytest.importorskip("sensilora.kernels.lora_linear")
+        monkeypatch.setattr(kernels, "product_serves", lambda *args: True)
+        monkeypatch.setattr(kernels, "_one_by_one", lambda weights, own_masks: one_by_one)
+        group = Group((130,), 72, [(40, 3), (24, 20), (264, 1)], torch.float16, device)
+        ps = {"none": 0.0, "shared": 0.25, "own": [0.25, 0.0, 0.5]}[masks]
+        count = 3 if masks == "own" else 1
+        got = group.results(dropout_ps=ps, seeds=None if masks == "none" else group.seeds(count))
+    assert_close(got, group.oracle(ps, SEEDS[:count]), 4 * RELATIVE[torch.float16])
