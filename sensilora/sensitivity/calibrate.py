@@ -266,56 +266,55 @@ def calibrate(
         trained=None if saved is None else of_head(saved[1]),
     )
     watched = wrapped_forwards(modules, observer.wrap)
-    with frozen(model), warmed, watched, watched_experts:
-        sweep = Sweep(
-            model,
-            observer,
-            batches,
-            passes,
-            measure=partial(_measure, observer, k=k, alpha=alpha, writer=writer),
-            text=f"calibrating ({estimator})",
-            progress=progress,
-            checkpoint=state,
-            writer=writer,
-            head=head_parameters(model) if head_warmup_steps else {},
-        )
-        if saved is not None:
-            sweep.restore(*saved)
-        try:
+    with contextlib.ExitStack() as undo:
+        if writer is not None and state is None:
+            undo.callback(writer.discard)
+        with frozen(model), warmed, watched, watched_experts:
+            sweep = Sweep(
+                model,
+                observer,
+                batches,
+                passes,
+                measure=partial(_measure, observer, k=k, alpha=alpha, writer=writer),
+                text=f"calibrating ({estimator})",
+                progress=progress,
+                checkpoint=state,
+                writer=writer,
+                head=head_parameters(model) if head_warmup_steps else {},
+            )
+            if saved is not None:
+                sweep.restore(*saved)
             sweep.run()
-        except BaseException:
-            if writer is not None and state is None:
-                writer.discard()
-            raise
-    measured = {matrix.name: sweep.measured[matrix.name] for matrix in _distinct(matrices) if matrix.calls}
-    of_experts = with_siblings(stacks, measured, min_expert_tokens)
-    measured = {name: found for name, found in measured.items() if name in modules} | of_experts
-    report = SensitivityReport(
-        estimator=estimator,
-        variant=variant,
-        block_size=block_size if variant == "inverse" else None,
-        damping=damping if variant == "inverse" else None,
-        mode=mode if estimator == "fisher" else None,
-        labels=labels if estimator == "fisher" else None,
-        draws=draws if estimator == "fisher" else 1,
-        hvp=hvp if estimator == "hutchinson" else None,
-        probes=probes if estimator == "hutchinson" else None,
-        min_probes=min_probes if estimator == "hutchinson" else None,
-        tolerance=tolerance if estimator == "hutchinson" else None,
-        seed=seed,
-        tokens=observer.tokens,
-        sequences=observer.sequences,
-        min_expert_tokens=min_expert_tokens if experts else None,
-        passes=tuple(one.bytes for one in passes),
-        k=k,
-        alpha=alpha,
-        model_id=model_id(model),
-        fingerprint=fingerprint(model),
-        versions=_versions(),
-        matrices=measured,
-    )
-    if writer is not None:
-        writer.close(report)
+        measured = {matrix.name: sweep.measured[matrix.name] for matrix in _distinct(matrices) if matrix.calls}
+        of_experts = with_siblings(stacks, measured, min_expert_tokens)
+        measured = {name: found for name, found in measured.items() if name in modules} | of_experts
+        report = SensitivityReport(
+            estimator=estimator,
+            variant=variant,
+            block_size=block_size if variant == "inverse" else None,
+            damping=damping if variant == "inverse" else None,
+            mode=mode if estimator == "fisher" else None,
+            labels=labels if estimator == "fisher" else None,
+            draws=draws if estimator == "fisher" else 1,
+            hvp=hvp if estimator == "hutchinson" else None,
+            probes=probes if estimator == "hutchinson" else None,
+            min_probes=min_probes if estimator == "hutchinson" else None,
+            tolerance=tolerance if estimator == "hutchinson" else None,
+            seed=seed,
+            tokens=observer.tokens,
+            sequences=observer.sequences,
+            min_expert_tokens=min_expert_tokens if experts else None,
+            passes=tuple(one.bytes for one in passes),
+            k=k,
+            alpha=alpha,
+            model_id=model_id(model),
+            fingerprint=fingerprint(model),
+            versions=_versions(),
+            matrices=measured,
+        )
+        if writer is not None:
+            writer.close(report)
+        undo.pop_all()
     if state is not None:
         state.remove()
     return report

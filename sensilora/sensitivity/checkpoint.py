@@ -132,7 +132,7 @@ def _weights(model: nn.Module) -> dict[str, str]:
     """For each parameter and buffer its dtype, shape and the sum of its bit patterns, which is exact in any order."""
     found = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+        bits = tensor.detach().reshape(-1).view(_INTEGERS.get(tensor.element_size(), torch.uint8))
         shape = "x".join(map(str, tensor.shape))
         found[name] = f"{str(tensor.dtype).removeprefix('torch.')} {shape} {int(bits.sum(dtype=torch.int64))}"
     return found

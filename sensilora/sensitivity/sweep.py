@@ -149,7 +149,7 @@ class Sweep:
             self._run(lambda: False)
             return
         self.checkpoint.folder.mkdir(parents=True, exist_ok=True)
-        if self.head:
+        if self.head and not self.checkpoint.exists:
             self.save()
         try:
             with _deferred_interrupt() as interrupted:

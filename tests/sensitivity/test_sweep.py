@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sensilora.errors import CalibrationError
-from sensilora.sensitivity import SensitivityReport, calibrate
+from sensilora.sensitivity import Diagonals, SensitivityReport, calibrate
 from sensilora.sensitivity.losses import Likelihood
 from sensilora.sensitivity.sweep import in_words, parse_bytes
 from tests.sensitivity.oracles import Net, classification_batch, sequences
@@ -332,3 +332,87 @@ def test_data_with_a_wrong_length():
         calibrate(model, Counted(batches(), 2), estimator="fisher", progress=False)
     short = calibrate(model, Counted(batches(), 4), estimator="fisher", progress=False)
     assert short.matrices == calibrate(model, batches(), estimator="fisher", progress=False).matrices
+
+
+# ---------------------------------------------------------------------------------------------- experts and devices
+
+
+@pytest.mark.parametrize("matmul", [False, True])
+@pytest.mark.parametrize("estimator", ["activation", "fisher"])
+def test_stacked_experts_are_swept_and_resumed(tmp_path, estimator, matmul):
+    from tests.sensitivity.test_experts import Mixture, token_batch
+
+    def mixture():
+        torch.manual_seed(0)
+        return Mixture(depth=2, matmul=matmul)
+
+    ids = sequences(9, 8, 7, 6)
+    data = [token_batch(ids[start : start + 2], ids[start : start + 2]) for start in (0, 2)]
+    arguments = {"estimator": estimator, "experts": True, "min_expert_tokens": 1, "progress": False}
+    whole = calibrate(mixture(), data, **arguments)
+    arguments |= {"memory_budget": 8 * 8 if estimator == "activation" else 4 * 80}
+    swept = calibrate(mixture(), data, **arguments)
+    assert len(swept.passes) > 2
+    assert swept.matrices == whole.matrices
+    broken = mixture()
+    calls = []
+    broken.embed.register_forward_hook(lambda *_: calls.append(len(calls)))
+    broken.head.register_forward_hook(lambda *_: 1 / 0 if len(calls) == 4 else None)
+    arguments |= {"checkpoint": tmp_path / "state", "checkpoint_every": 1}
+    with pytest.raises(ZeroDivisionError):
+        calibrate(broken, data, **arguments)
+    assert calibrate(mixture(), data, **arguments) == swept
+
+
+@every_estimator
+def test_on_each_device(tmp_path, device, arguments):
+    """In one pass, in several, and gone on from a failure."""
+
+    def model(at=None):
+        torch.manual_seed(0)
+        net, calls = Net(), []
+        net.embed.register_forward_hook(lambda *_: calls.append(at))
+        net.classifier.register_forward_hook(lambda *_: 1 / 0 if len(calls) == at else None)
+        return net.to(device)
+
+    arguments = {**arguments, "seed": 4, "progress": False}
+    whole = calibrate(model(), batches(), **arguments, keep_diagonals=tmp_path / "whole")
+    arguments["memory_budget"] = budget_of(arguments)
+    places = {"checkpoint": tmp_path / "state", "checkpoint_every": 1, "keep_diagonals": tmp_path / "kept"}
+    with pytest.raises(ZeroDivisionError):
+        calibrate(model(5), batches(), **arguments, **places)
+    swept = calibrate(model(), batches(), **arguments, **places)
+    assert swept.matrices == whole.matrices
+    kept, expected = Diagonals(tmp_path / "kept"), Diagonals(tmp_path / "whole")
+    assert all(torch.equal(kept[name], expected[name]) for name in whole)
+
+
+@pytest.mark.gpu
+def test_a_single_batch_needs_the_memory_of_one_sum():
+    """On a chain of 8 matrices with 16 MiB of sums each, read in one batch and in two."""
+    width, depth = 2048, 8
+    model = nn.Sequential(nn.Embedding(32, width), *(nn.Linear(width, width) for _ in range(depth))).cuda().bfloat16()
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = model
+
+        def forward(self, input_ids):
+            return self.layers(input_ids)
+
+    def peak(data, **options):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        calibrate(Chain(), data, estimator="fisher", progress=False, **options)
+        assert torch.cuda.memory_allocated() == before
+        return torch.cuda.max_memory_allocated() - before
+
+    batch = {"input_ids": torch.arange(64).view(4, 16) % 32}
+    batch["labels"] = batch["input_ids"]
+    size = 4 * width * width
+    calibrate(Chain(), [batch], estimator="fisher", progress=False)  # what the libraries keep
+    one, two = peak([batch]), peak([batch, batch])
+    assert two - one > 6 * size
+    assert peak([batch, batch], memory_budget=2 * size) < one + 2 * size
