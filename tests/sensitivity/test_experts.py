@@ -546,6 +546,18 @@ def test_rows_that_cannot_be_attributed_are_an_error():
         calibrate(model, [token_batch(sequences(4, 3), sequences(4, 3))], experts=True, progress=False)
 
 
+def test_rows_that_are_lost_between_an_experts_matrices_are_an_error():
+    class Dropping(Experts):
+        def forward(self, hidden, chosen, weights):
+            gate, _ = F.linear(hidden[chosen[:, 0]], self.gate_up_proj[0]).chunk(2, -1)
+            return hidden + F.linear(gate[1:], self.down_proj[0]).sum(0)
+
+    model = Mixture()
+    model.layers[0]["experts"] = Dropping(3, 4)
+    with pytest.raises(CalibrationError, match=r"'layers\.0\.experts\.down_proj\.0' cannot be told"):
+        calibrate(model, [token_batch(sequences(4, 3), sequences(4, 3))], experts=True, progress=False)
+
+
 @pytest.mark.parametrize("use", ["bmm", "einsum", "part", "left"])
 def test_a_use_that_would_go_unwatched_is_an_error(use):
     class Other(Experts):
