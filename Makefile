@@ -63,7 +63,7 @@ fuzz:
 # The first run compiles the kernels, which is slow under the sanitizer. torch's allocator is turned off because it
 # would hide an access behind the end of a tensor. What is reported in other kernels than ours does not count: some of
 # torch's read memory that nobody wrote, and throw it away.
-KERNELS = lora|segments|autocorrelation|_reduce_kernel
+KERNELS = lora|segments|autocorrelation|metrics|_reduce_kernel
 sanitize:
 	$(PREPARE) --extras test
 	$(PYTHON) -m pytest -q tests/test_sanitize.py $(ARGS)

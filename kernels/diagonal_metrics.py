@@ -18,6 +18,7 @@ import triton.language as tl
 TILE = tl.constexpr(2048)
 TILES = tl.constexpr(16)
 COUNT_SHIFT = tl.constexpr(44)
+PASS_WARPS = 4
 
 EXPONENTS = tl.constexpr(256)
 DIGITS = tl.constexpr(2048)
@@ -68,7 +69,9 @@ def _bits(values, first, size):
 
 
 @triton.jit
-def _exponents_kernel(table, work, matrices, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, MATRICES: tl.constexpr):
+def _metrics_exponents_kernel(
+    table, work, matrices, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, MATRICES: tl.constexpr
+):
     matrix, values, size, begin, tiles = _chunk(table, matrices, ALIGNED, DTYPE, MATRICES)
     bins = tl.arange(0, EXPONENTS)
     total = tl.zeros((EXPONENTS,), dtype=tl.int64)
@@ -93,7 +96,7 @@ def _exponents_kernel(table, work, matrices, ALIGNED: tl.constexpr, DTYPE: tl.co
 
 
 @triton.jit
-def _refine_kernel(
+def _metrics_refine_kernel(
     table, work, matrices, DIGIT: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, MATRICES: tl.constexpr
 ):
     """Counts the values in the cuts' bins: by digit, with sums of tails, or by tail."""
@@ -174,7 +177,7 @@ def _to_double(limbs):
 
 
 @triton.jit(do_not_specialize=["alpha_bits"])
-def _exponent_cuts_kernel(table, work, trace, effective_rank, alpha_bits):
+def _metrics_exponent_cuts_kernel(table, work, trace, effective_rank, alpha_bits):
     """The exponents of a matrix's two cuts, its trace, and whether its values are valid."""
     matrix = tl.program_id(0).to(tl.int64)
     size, kth = tl.load(table + 4 * matrix + 1), tl.load(table + 4 * matrix + 3)
@@ -268,7 +271,7 @@ def _refined(cut, counts, BY_COUNT: tl.constexpr, DIGIT: tl.constexpr):
 
 
 @triton.jit
-def _digit_cuts_kernel(work):
+def _metrics_digit_cuts_kernel(work):
     work += tl.program_id(0).to(tl.int64) * WORK
     kth, crossing = work + CUTS, work + CUTS + 4
     # Values in the bins of both cuts are in the table of the first.
@@ -286,7 +289,7 @@ def _at(here, value):
 
 
 @triton.jit
-def _finish_kernel(table, work, trace, topk_mean, effective_rank):
+def _metrics_finish_kernel(table, work, trace, topk_mean, effective_rank):
     matrix = tl.program_id(0).to(tl.int64)
     work += matrix * WORK
     kth, crossing = work + CUTS, work + CUTS + 4
@@ -348,15 +351,16 @@ def launch_diagonal_metrics(
         "ALIGNED": all(row[0] % 16 == 0 for row in rows),
         "DTYPE": _DTYPES[diags[0].dtype],
         "MATRICES": triton.next_power_of_2(len(diags)),
+        "num_warps": PASS_WARPS,
     }
     matrices = (len(diags),)
     if chunks:
-        _exponents_kernel[(chunks,)](table, work, len(diags), **options)
-    _exponent_cuts_kernel[matrices](table, work, trace, effective_rank, alpha_bits)
+        _metrics_exponents_kernel[(chunks,)](table, work, len(diags), **options)
+    _metrics_exponent_cuts_kernel[matrices](table, work, trace, effective_rank, alpha_bits, num_warps=4)
     if chunks:
-        _refine_kernel[(chunks,)](table, work, len(diags), DIGIT=True, **options)
-    _digit_cuts_kernel[matrices](work, num_warps=8)
+        _metrics_refine_kernel[(chunks,)](table, work, len(diags), DIGIT=True, **options)
+    _metrics_digit_cuts_kernel[matrices](work, num_warps=8)
     if chunks:
-        _refine_kernel[(chunks,)](table, work, len(diags), DIGIT=False, **options)
-    _finish_kernel[matrices](table, work, trace, topk_mean, effective_rank, num_warps=16)
+        _metrics_refine_kernel[(chunks,)](table, work, len(diags), DIGIT=False, **options)
+    _metrics_finish_kernel[matrices](table, work, trace, topk_mean, effective_rank, num_warps=16)
     return trace, topk_mean, effective_rank

@@ -16,10 +16,11 @@ import warnings
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sensilora.kernels import fisher_diag, hutchinson, lora_linear, lora_segments
+from sensilora.kernels import diagonal_metrics, fisher_diag, hutchinson, lora_linear, lora_segments
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -186,6 +187,18 @@ def fisher(position: bool) -> dict[str, int]:
     return compiled(fisher_diag._fisher_tma_kernel, types, constants, num_warps=warps)
 
 
+def metrics_pass(kernel, **constants) -> dict[str, int]:
+    types = {"table": "*i64", "work": "*i64", "matrices": "i32 any"}
+    constants = {"ALIGNED": True, "DTYPE": tl.float32, "MATRICES": 256, **constants}
+    return compiled(kernel, types, constants, num_warps=diagonal_metrics.PASS_WARPS)
+
+
+def metrics_cuts(kernel, warps: int) -> dict[str, int]:
+    types = dict.fromkeys(("table", "work", "effective_rank"), "*i64")
+    types |= {"trace": "*fp64", "topk_mean": "*fp64", "alpha_bits": "i64"}
+    return compiled(kernel, types, {}, num_warps=warps)
+
+
 CASES = {
     "reduce of sizes of one": lambda: reduce("1"),
     "reduce of other sizes": lambda: reduce("i32 any"),
@@ -195,6 +208,12 @@ CASES = {
     "product dropout 16": lambda: product(1, 16, "parts", transposed=False, dropout=True),
     "product add 16": lambda: product(1, 16, "early", transposed=False, add=True),
     "product add dropout 16": lambda: product(1, 16, "parts", transposed=False, dropout=True, add=True),
+    "metrics exponents": lambda: metrics_pass(diagonal_metrics._metrics_exponents_kernel),
+    "metrics digits": lambda: metrics_pass(diagonal_metrics._metrics_refine_kernel, DIGIT=True),
+    "metrics tails": lambda: metrics_pass(diagonal_metrics._metrics_refine_kernel, DIGIT=False),
+    "metrics exponent cuts": lambda: metrics_cuts(diagonal_metrics._metrics_exponent_cuts_kernel, 4),
+    "metrics digit cuts": lambda: metrics_cuts(diagonal_metrics._metrics_digit_cuts_kernel, 8),
+    "metrics finish": lambda: metrics_cuts(diagonal_metrics._metrics_finish_kernel, 16),
     "segments product": segments_product,
     "segments down 64": lambda: segments_down(64),
     "fisher per_sequence": lambda: fisher(position=False),

@@ -11,6 +11,7 @@ import torch
 from sensilora.ops import (
     _backend,
     autocorrelation_diag,
+    diagonal_metrics_batch,
     fisher_diag,
     hutchinson_accumulate,
     lora_group,
@@ -198,3 +199,20 @@ def test_hutchinson(backend, dtype):
             expected = rademacher((size,), seed=3, offset=4)
         assert torch.equal(z.cpu(), expected)
         assert torch.equal(out.cpu(), expected * hz)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_diagonal_metrics(backend, dtype):
+    reason = _backend.why_not("diagonal_metrics", backend, DEVICE, dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    diags = [torch.randn(size).square().to(dtype) for size in (8192, 1, 0, 70_001, 333)]
+    diags.append(torch.rand(4000).to(dtype)[3:])
+    diags.append(torch.full((9000,), 0.1, dtype=dtype))
+    with use_backend(backend):
+        got = diagonal_metrics_batch([diag.to(DEVICE) for diag in diags])
+    with use_backend("torch"):
+        expected = diagonal_metrics_batch(diags)
+    for value, reference in zip(got, expected, strict=True):
+        assert relative_error(value, reference) <= 1e-12

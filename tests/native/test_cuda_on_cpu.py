@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("name", ["autocorrelation_diag", "fisher_diag", "lora_linear", "lora_segments"])
+@pytest.mark.parametrize(
+    "name", ["autocorrelation_diag", "diagonal_metrics", "fisher_diag", "lora_linear", "lora_segments"]
+)
 def test_kernels(tmp_path, name):
     compiler = shutil.which("g++")
     if compiler is None:
