@@ -21,7 +21,8 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("Measuring", "", [("sensilora.calibrate", sensilora.calibrate),
                        ("sensilora.SensitivityReport", sensilora.SensitivityReport),
                        *((f"sensilora.sensitivity.{name}", getattr(sensilora.sensitivity, name))
-                         for name in ("MatrixSensitivity", "Diagonals", "ReportComparison", "Agreement", "Mover")),
+                         for name in ("MatrixSensitivity", "ProbeStatistics", "Diagonals", "ReportComparison",
+                                      "Agreement", "Mover")),
                        ("sensilora.targets.find_targets", sensilora.targets.find_targets)]),
     ("Allotting ranks", "", [("sensilora.allocate", sensilora.allocate), ("sensilora.RankPlan", sensilora.RankPlan)]),
     ("Adapters", "", [(f"sensilora.{name}", getattr(sensilora, name))
@@ -34,8 +35,8 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
         for name in ("MultiLoRALinear", "LoRAAdapter", "AdapterRouting")]),
     ("Operations", "Each has a plain torch reference and faster backends; see the table in the README.",
      [(f"sensilora.ops.{name}", getattr(sensilora.ops, name))
-      for name in ("autocorrelation_diag", "autocorrelation_blocks", "fisher_diag", "diagonal_metrics",
-                   "DiagonalMetrics", "lora_linear", "lora_group", "lora_segments")]
+      for name in ("autocorrelation_diag", "autocorrelation_blocks", "fisher_diag", "hutchinson_accumulate",
+                   "rademacher", "diagonal_metrics", "DiagonalMetrics", "lora_linear", "lora_group", "lora_segments")]
      + [("sensilora.use_backend", sensilora.use_backend)]),
     ("Pictures", "", [("sensilora.plots.plot_ranks", sensilora.plots.plot_ranks),
                       ("sensilora.plots.plot_training", sensilora.plots.plot_training)]),

@@ -151,6 +151,7 @@ class Task(str, Enum):
 class Estimator(str, Enum):
     activation = "activation"
     fisher = "fisher"
+    hutchinson = "hutchinson"
 
 
 class Variant(str, Enum):
@@ -162,6 +163,11 @@ class Mode(str, Enum):
     per_sequence = "per_sequence"
     per_position = "per_position"
     per_loss_term = "per_loss_term"
+
+
+class HessianProduct(str, Enum):
+    double_backward = "double_backward"
+    central_differences = "central_differences"
 
 
 class Labels(str, Enum):
@@ -330,7 +336,11 @@ def plan(
     ] = None,
     task: TaskOption = Task.auto,
     estimator: Annotated[
-        Estimator, typer.Option("--estimator", help="activation: forward passes; fisher: squared gradients.")
+        Estimator,
+        typer.Option(
+            "--estimator",
+            help="activation: forward passes; fisher: squared gradients; hutchinson: the Hessian, by random probes.",
+        ),
     ] = Estimator.activation,
     variant: Annotated[
         Variant, typer.Option("--variant", help="activation: the inputs' autocorrelation, or its inverse in blocks.")
@@ -348,8 +358,22 @@ def plan(
     draws: Annotated[
         int, typer.Option("--draws", min=1, help="Fisher: label draws a sequence (--labels model).")
     ] = 1,
+    probes: Annotated[int, typer.Option("--probes", min=2, help="Hutchinson: the most probes a matrix takes.")] = 64,
+    min_probes: Annotated[
+        int, typer.Option("--min-probes", min=2, help="Hutchinson: the least, and between two looks at the error.")
+    ] = 8,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance", min=0, help="Hutchinson: standard error of a trace, as a fraction, that is good enough."
+        ),
+    ] = 0.05,
+    hvp: Annotated[
+        HessianProduct, typer.Option("--hvp", help="Hutchinson: how products with the Hessian are taken.")
+    ] = HessianProduct.double_backward,
     head_warmup_steps: Annotated[
-        int, typer.Option("--head-warmup-steps", min=0, help="Fisher: train a new classifier head so long first.")
+        int,
+        typer.Option("--head-warmup-steps", min=0, help="Not activation: train a new classifier head so long first."),
     ] = 0,
     memory_budget: Annotated[
         str | None,
@@ -477,6 +501,10 @@ def plan(
             mode=mode.value,
             labels=labels.value,
             draws=draws,
+            probes=probes,
+            min_probes=min_probes,
+            tolerance=tolerance,
+            hvp=hvp.value,
             seed=seed,
             head_warmup_steps=head_warmup_steps,
             memory_budget=memory_budget,

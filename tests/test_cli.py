@@ -263,6 +263,22 @@ def test_plan_by_the_inverse_of_the_autocorrelation(files, classifier, work, cap
     assert "damping must be in (0, 1], not 2" in capsys.readouterr().err
 
 
+def test_plan_by_probes_of_the_hessian(files, work, capsys):
+    planned = ("plan", files / "llama", files / "corpus.txt", "--average-rank", 2, "--samples", 8, "--force")
+    probing = ("--estimator", "hutchinson", "--targets", "q_proj,down_proj")
+    chosen = ("--probes", 5, "--min-probes", 3, "--tolerance", 0, "--hvp", "central_differences")
+    succeed(capsys, *planned, *probing, *chosen, "--report", "r.json")
+    report, plan = SensitivityReport.load("r.json"), RankPlan.load("plan.json")
+    assert (report.estimator, report.hvp) == ("hutchinson", "central_differences")
+    assert (report.probes, report.min_probes, report.tolerance) == (5, 3, 0)
+    assert all(report[name].probes.count == 5 for name in report)
+    assert (plan.calibration.estimator, sum(plan.ranks.values())) == ("hutchinson", 8)
+    assert run(*planned, *probing, "--probes", 4) == 2
+    assert "min_probes=8: it must be at least 2 and at most probes=4" in capsys.readouterr().err
+    assert run(*planned, *probing, "--labels", "model") == 2
+    assert "use 'fisher' for labels='model'" in capsys.readouterr().err
+
+
 def test_plan_of_a_mixture_of_experts(files, work, capsys):
     torch.manual_seed(1)
     options = {"vocab_size": 24, "num_local_experts": 4, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": None}

@@ -2,13 +2,21 @@
 
 from sensilora.sensitivity.calibrate import calibrate
 from sensilora.sensitivity.diagonals import Diagonals
-from sensilora.sensitivity.report import Agreement, MatrixSensitivity, Mover, ReportComparison, SensitivityReport
+from sensilora.sensitivity.report import (
+    Agreement,
+    MatrixSensitivity,
+    Mover,
+    ProbeStatistics,
+    ReportComparison,
+    SensitivityReport,
+)
 
 __all__ = [
     "Agreement",
     "Diagonals",
     "MatrixSensitivity",
     "Mover",
+    "ProbeStatistics",
     "ReportComparison",
     "SensitivityReport",
     "calibrate",
