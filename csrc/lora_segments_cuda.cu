@@ -62,15 +62,15 @@ class Passes {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  // A new (tokens, h_columns) of factor * drop(x) matrix^T, matrix (stack, columns of x).
+  // A new (tokens, h_columns) of factor * drop(x) matrix^T. Matrices (stack, columns) have neighbouring columns side by
+  // side, as stacks of B do not: the kernels would read them one by one at every stretch.
   Tensor down(const Tensor& x, const Tensor& matrix, bool scaled, bool drops) const {
     Tensor h = torch::stable::new_empty(x, {shape_.tokens, shape_.h_columns()});
     const int64_t chunks = ceil_div(shape_.most_ranks, kSegmentsColumns);
     for_numbers(x, [&](auto type) {
       using T = decltype(type);
       using Element = typename Numbers<T>::Element;
-      const auto kernel = matrix.stride(1) == 1 ? segments_down_kernel<T, true> : segments_down_kernel<T, false>;
-      kernel<<<grid_size(stretches_ * chunks), kSegmentsThreads, 0, stream_>>>(
+      segments_down_kernel<T><<<grid_size(stretches_ * chunks), kSegmentsThreads, 0, stream_>>>(
           plan(scaled, drops), strided<Element>(x), x.size(1), strided<Element>(matrix), static_cast<int>(chunks),
           mutable_strided<Element>(h));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -78,15 +78,14 @@ class Passes {
     return h;
   }
 
-  // out += factor * kept∘(h matrix), matrix (stack, columns of out).
+  // out += factor * kept∘(h matrix).
   void up(const Tensor& out, const Tensor& h, const Tensor& matrix, bool scaled, bool drops) const {
     const int64_t strips = ceil_div(out.size(1), kSegmentsColumns);
     if (strips == 0) return;
     for_numbers(out, [&](auto type) {
       using T = decltype(type);
       using Element = typename Numbers<T>::Element;
-      const auto kernel = matrix.stride(1) == 1 ? segments_up_kernel<T, true> : segments_up_kernel<T, false>;
-      kernel<<<grid_size(stretches_ * strips), kSegmentsThreads, 0, stream_>>>(
+      segments_up_kernel<T><<<grid_size(stretches_ * strips), kSegmentsThreads, 0, stream_>>>(
           plan(scaled, drops), strided<Element>(h), strided<Element>(matrix), static_cast<int>(strips),
           mutable_strided<Element>(out), out.size(1));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -175,8 +174,8 @@ std::tuple<Tensor, Tensor> lora_segments(const Tensor& x, const Tensor& weight, 
   }
   if (!adapts(shape)) return {y, torch::stable::new_empty(x, {shape.tokens, shape.h_columns()})};
   const Passes passes(shape, x, ranks, scalings, dropout_ps, offsets, adapters, key);
-  const Tensor h = passes.down(x, lora_A, false, true);
-  passes.up(y, h, transposed(lora_B), true, false);
+  const Tensor h = passes.down(x, torch::stable::contiguous(lora_A), false, true);
+  passes.up(y, h, torch::stable::contiguous(transposed(lora_B)), true, false);
   return {y, h};
 }
 
@@ -203,8 +202,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_segments_backward(
   Tensor grad_A = torch::stable::new_empty(x, {shape.stack, shape.in});
   Tensor grad_B = torch::stable::new_empty(x, {shape.out, shape.stack});
   const Passes passes(shape, x, ranks, scalings, dropout_ps, offsets, adapters, key);
-  const Tensor q = passes.down(grad, transposed(lora_B), true, false);  // s dY B
-  if (need_grad_x) passes.up(grad_x, q, lora_A, false, true);
+  const Tensor q = passes.down(grad, torch::stable::contiguous(transposed(lora_B)), true, false);  // s dY B
+  if (need_grad_x) passes.up(grad_x, q, torch::stable::contiguous(lora_A), false, true);
   passes.outer(grad_A, q, x, false, true);
   passes.outer(transposed(grad_B), h, grad, true, false);
   return {grad_x, grad_A, grad_B};

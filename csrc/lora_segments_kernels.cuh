@@ -156,9 +156,32 @@ struct SharedTile {
   alignas(16) Element row[kRows][kStride];
 };
 
+// Eight neighbouring elements, zero to begin with.
 template <class Element>
 struct alignas(16) EightElements {
-  Element value[8];
+  Element value[8] = {};
+
+  __device__ Element get(int i) const { return value[i]; }
+  __device__ void set(int i, Element element) { value[i] = element; }
+  __device__ void keep(const Kept& kept) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (!(kept.pair[i / 2] >> (16 * (i % 2)) & 1)) value[i] = 0;
+  }
+};
+template <>
+struct alignas(16) EightElements<uint16_t> {
+  uint32_t pair[4] = {};
+
+  __device__ uint16_t get(int i) const { return static_cast<uint16_t>(pair[i / 2] >> (16 * (i % 2))); }
+  __device__ void set(int i, uint16_t element) {
+    const uint32_t other = pair[i / 2] & (i % 2 ? 0x0000FFFFu : 0xFFFF0000u);
+    pair[i / 2] = other | static_cast<uint32_t>(element) << (16 * (i % 2));
+  }
+  __device__ void keep(const Kept& kept) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pair[i] &= kept.pair[i];
+  }
 };
 
 // A tile on its way from memory to shared memory: threads have eight neighbouring elements of a row each.
@@ -182,7 +205,7 @@ struct MovingTile {
         part[i] = *reinterpret_cast<const EightElements<Element>*>(at);
       } else {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) part[i].value[e] = e < remaining ? at[e * from.column_stride] : Element{0};
+        for (int e = 0; e < 8; ++e) part[i].set(e, e < remaining ? at[e * from.column_stride] : Element{0});
       }
     }
   }
@@ -190,13 +213,9 @@ struct MovingTile {
   // Zeros in place of what dropout does not keep, where the tile begins at this row and column (a multiple of 32).
   __device__ void drop(int64_t seed, uint32_t bound, int64_t first_row, int64_t first_column) {
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const Kept kept = kept_columns<1>(seed, bound, first_row + row(i),
-                                        static_cast<uint32_t>((first_column + column(i)) / 8));
-#pragma unroll
-      for (int e = 0; e < 8; ++e)
-        if (!(kept.pair[e / 2] >> (16 * (e % 2)) & 1)) part[i].value[e] = 0;
-    }
+    for (int i = 0; i < kLoads; ++i)
+      part[i].keep(kept_columns<1>(seed, bound, first_row + row(i),
+                                   static_cast<uint32_t>((first_column + column(i)) / 8)));
   }
 
   __device__ void store(SharedTile<Element, kRows, kColumns>& to) const {
@@ -304,18 +323,17 @@ __device__ inline uint32_t dropout_bound(const Adapter& adapter) { return (adapt
 // --- the passes
 
 // h (rows, ranks) = factor * drop(x) matrix^T with each row's own adapter; x (rows, in), matrix (stack, in). Columns
-// of h from the row's rank on are left as they are. kAlong says that matrix has neighbouring columns side by side.
-template <class T, bool kAlong>
-__global__ void __launch_bounds__(kSegmentsThreads)
+// of h from the row's rank on are left as they are.
+template <class T>
+__global__ void __launch_bounds__(kSegmentsThreads, 3)
     segments_down_kernel(SegmentsPlan plan, Strided<const typename Numbers<T>::Element> x, int64_t in,
                          Strided<const typename Numbers<T>::Element> matrix, int chunks,
                          Strided<typename Numbers<T>::Element> h) {
   using Element = typename Numbers<T>::Element;
   using Sum = typename Numbers<T>::Sum;
   constexpr int kDepth = kSegmentsDepth<T>;
-  constexpr int kRightRows = kAlong ? kSegmentsColumns : kDepth, kRightColumns = kAlong ? kDepth : kSegmentsColumns;
   __shared__ SharedTile<Element, kStretchRows, kDepth> left;
-  __shared__ SharedTile<Element, kRightRows, kRightColumns> right;
+  __shared__ SharedTile<Element, kSegmentsColumns, kDepth> right;
   __shared__ SharedTile<Sum, kStretchRows, kSegmentsColumns> c;
 
   const Stretch stretch = plan.stretches[blockIdx.x / chunks];
@@ -326,26 +344,32 @@ __global__ void __launch_bounds__(kSegmentsThreads)
   const bool drops = plan.drops(adapter);
   const int64_t seed = drops ? *plan.seed : 0;
 
-  MovingTile<Element, kStretchRows, kDepth> next_left;
-  MovingTile<Element, kRightRows, kRightColumns> next_right;
-  const auto load = [&](int64_t k) {
-    next_left.load({x.at(stretch.first, k), x.row_stride, x.column_stride}, stretch.rows, in - k);
-    const Element* at = matrix.at(adapter.first + first_rank, k);
-    if constexpr (kAlong)
-      next_right.load({at, matrix.row_stride, matrix.column_stride}, ranks, in - k);
-    else
-      next_right.load({at, matrix.column_stride, matrix.row_stride}, in - k, ranks);
+  // Two steps ahead: a batch has few stretches for a device's blocks, so each of them has to have much on its way.
+  constexpr int kAhead = 2;
+  MovingTile<Element, kStretchRows, kDepth> next_left[kAhead];
+  MovingTile<Element, kSegmentsColumns, kDepth> next_right[kAhead];
+  const auto load = [&](int i, int64_t k) {
+    next_left[i].load({x.at(stretch.first, k), x.row_stride, x.column_stride}, stretch.rows, in - k);
+    next_right[i].load({matrix.at(adapter.first + first_rank, k), matrix.row_stride, matrix.column_stride}, ranks,
+                       in - k);
   };
   Products<T> products;
-  load(0);
-  for (int64_t k = 0; k < in; k += kDepth) {
-    if (drops) next_left.drop(seed, dropout_bound(adapter), stretch.first, k);
-    __syncthreads();
-    next_left.store(left);
-    next_right.store(right);
-    __syncthreads();
-    if (k + kDepth < in) load(k + kDepth);
-    products.template add<false, !kAlong>(left, right, static_cast<int>(in - k < kDepth ? in - k : kDepth), ranks);
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i)
+    if (i * kDepth < in) load(i, i * kDepth);
+  for (int64_t first = 0; first < in; first += kAhead * kDepth) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t k = first + i * kDepth;
+      if (k >= in) break;
+      if (drops) next_left[i].drop(seed, dropout_bound(adapter), stretch.first, k);
+      __syncthreads();
+      next_left[i].store(left);
+      next_right[i].store(right);
+      __syncthreads();
+      if (k + kAhead * kDepth < in) load(i, k + kAhead * kDepth);
+      products.template add<false, false>(left, right, static_cast<int>(in - k < kDepth ? in - k : kDepth), ranks);
+    }
   }
 
   products.store(c);
@@ -360,7 +384,7 @@ __global__ void __launch_bounds__(kSegmentsThreads)
 
 // out (rows, columns) += factor * kept∘(h matrix) with each row's own adapter; h (rows, ranks), matrix (stack,
 // columns).
-template <class T, bool kAlong>
+template <class T>
 __global__ void __launch_bounds__(kSegmentsThreads)
     segments_up_kernel(SegmentsPlan plan, Strided<const typename Numbers<T>::Element> h,
                        Strided<const typename Numbers<T>::Element> matrix, int strips,
@@ -368,9 +392,8 @@ __global__ void __launch_bounds__(kSegmentsThreads)
   using Element = typename Numbers<T>::Element;
   using Sum = typename Numbers<T>::Sum;
   constexpr int kDepth = kSegmentsDepth<T>;
-  constexpr int kRightRows = kAlong ? kDepth : kSegmentsColumns, kRightColumns = kAlong ? kSegmentsColumns : kDepth;
   __shared__ SharedTile<Element, kStretchRows, kDepth> left;
-  __shared__ SharedTile<Element, kRightRows, kRightColumns> right;
+  __shared__ SharedTile<Element, kDepth, kSegmentsColumns> right;
   __shared__ SharedTile<Sum, kStretchRows, kSegmentsColumns> c;
 
   const Stretch stretch = plan.stretches[blockIdx.x / strips];
@@ -385,18 +408,15 @@ __global__ void __launch_bounds__(kSegmentsThreads)
   for (int rank = 0; rank < adapter.rank; rank += kDepth) {
     const int ranks = adapter.rank - rank;
     MovingTile<Element, kStretchRows, kDepth> next_left;
-    MovingTile<Element, kRightRows, kRightColumns> next_right;
+    MovingTile<Element, kDepth, kSegmentsColumns> next_right;
     next_left.load({h.at(stretch.first, rank), h.row_stride, h.column_stride}, stretch.rows, ranks);
-    const Element* at = matrix.at(adapter.first + rank, column);
-    if constexpr (kAlong)
-      next_right.load({at, matrix.row_stride, matrix.column_stride}, ranks, columns - column);
-    else
-      next_right.load({at, matrix.column_stride, matrix.row_stride}, columns - column, ranks);
+    next_right.load({matrix.at(adapter.first + rank, column), matrix.row_stride, matrix.column_stride}, ranks,
+                    columns - column);
     __syncthreads();
     next_left.store(left);
     next_right.store(right);
     __syncthreads();
-    products.template add<false, kAlong>(left, right, ranks < kDepth ? ranks : kDepth, columns - column);
+    products.template add<false, true>(left, right, ranks < kDepth ? ranks : kDepth, columns - column);
   }
 
   products.store(c);
@@ -414,8 +434,9 @@ __global__ void __launch_bounds__(kSegmentsThreads)
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const Sum update = factor * c.row[row][Moving::column(i) + e];
-      Element& value = tile.part[i].value[e];
-      value = Numbers<T>::make(Numbers<T>::read(value) + (kept.pair[e / 2] >> (16 * (e % 2)) & 1 ? update : Sum{0}));
+      const bool keep = kept.pair[e / 2] >> (16 * (e % 2)) & 1;
+      const Sum before = Numbers<T>::read(tile.part[i].get(e));
+      tile.part[i].set(e, Numbers<T>::make(before + (keep ? update : Sum{0})));
     }
     Element* to = out.at(stretch.first + row, first);
     if (whole && remaining >= 8) {
@@ -423,7 +444,7 @@ __global__ void __launch_bounds__(kSegmentsThreads)
     } else {
 #pragma unroll
       for (int e = 0; e < 8; ++e)
-        if (e < remaining) to[e * out.column_stride] = tile.part[i].value[e];
+        if (e < remaining) to[e * out.column_stride] = tile.part[i].get(e);
     }
   }
 }

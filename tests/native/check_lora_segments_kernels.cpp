@@ -16,37 +16,34 @@ namespace {
 constexpr int64_t kSeed = (int64_t{1} << 40) + 3;
 std::mt19937 generator(0);
 
-// Rows are `padding` longer than they hold, or columns if not `along`; NaN before, between and behind them. A padding
-// that is no multiple of 8 leaves the rows unaligned.
+// Rows are `padding` longer than they hold; NaN before, between and behind them. A padding that is no multiple of 8
+// leaves the rows unaligned.
 template <class T>
 struct Values {
   using Element = typename Numbers<T>::Element;
-  int64_t rows, columns, row_stride, column_stride, offset;
+  int64_t rows, columns, stride, offset;
   std::vector<Element> storage;
 
-  Values(int64_t rows, int64_t columns, int64_t padding, bool along = true, double deviation = 1)
-      : rows(rows), columns(columns), row_stride(along ? columns + padding : 1),
-        column_stride(along ? 1 : rows + padding), offset(padding % 8),
-        storage(offset + (along ? rows : columns) * ((along ? columns : rows) + padding) + 64,
-                Numbers<T>::make(NAN)) {
+  Values(int64_t rows, int64_t columns, int64_t padding, double deviation = 1)
+      : rows(rows), columns(columns), stride(columns + padding), offset(padding % 8),
+        storage(offset + rows * stride + 64, Numbers<T>::make(NAN)) {
     std::normal_distribution<float> normal(0, static_cast<float>(deviation));
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j) set(i, j, normal(generator));
   }
   Element* data() { return storage.data() + offset; }
   double at(int64_t i, int64_t j) const {
-    return Numbers<T>::read(storage[offset + i * row_stride + j * column_stride]);
+    return Numbers<T>::read(storage[offset + i * stride + j]);
   }
   void set(int64_t i, int64_t j, double value) {
-    storage[offset + i * row_stride + j * column_stride] =
-        Numbers<T>::make(static_cast<typename Numbers<T>::Sum>(value));
+    storage[offset + i * stride + j] = Numbers<T>::make(static_cast<typename Numbers<T>::Sum>(value));
   }
   void fill(double value) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j) set(i, j, value);
   }
-  Strided<const Element> in() { return {data(), row_stride, column_stride}; }
-  Strided<Element> out() { return {data(), row_stride, column_stride}; }
+  Strided<const Element> in() { return {data(), stride, 1}; }
+  Strided<Element> out() { return {data(), stride, 1}; }
 };
 
 struct Case {
@@ -56,11 +53,11 @@ struct Case {
   std::vector<int64_t> offsets, adapters;
 };
 
-template <class T, bool kAlong>
+template <class T>
 void check(const Case& c, int64_t padding, int64_t splits) {
   const auto fail = [&](const char* what, double error) {
-    std::printf("%s: relative error %g; T %ld, in %ld, out %ld, along %d, padding %ld, splits %ld\n", what, error,
-                static_cast<long>(c.rows), static_cast<long>(c.in), static_cast<long>(c.out), kAlong,
+    std::printf("%s: relative error %g; T %ld, in %ld, out %ld, padding %ld, splits %ld\n", what, error,
+                static_cast<long>(c.rows), static_cast<long>(c.in), static_cast<long>(c.out),
                 static_cast<long>(padding), static_cast<long>(splits));
     std::exit(1);
   };
@@ -115,7 +112,7 @@ void check(const Case& c, int64_t padding, int64_t splits) {
   const auto rank_of = [&](int64_t row) { return owner[row] < 0 ? 0 : c.ranks[owner[row]]; };
   const auto own = [&](int64_t row) { return table[owner[row]]; };
   Values<T> x(c.rows, c.in, padding), grad(c.rows, c.out, padding);
-  Values<T> A(stack, c.in, padding, kAlong, 0.2), B(stack, c.out, padding, kAlong, 0.2);  // B transposed
+  Values<T> A(stack, c.in, padding, 0.2), B(stack, c.out, padding, 0.2);  // B transposed
   Values<T> y(c.rows, c.out, padding), grad_x(c.rows, c.in, padding);
   const int64_t h_columns = (most_ranks + 15) / 16 * 16;
   Values<T> h(c.rows, h_columns, 0), q(c.rows, h_columns, 0);
@@ -142,7 +139,7 @@ void check(const Case& c, int64_t padding, int64_t splits) {
   const auto down = [&](const char* what, Values<T>& from, Values<T>& matrix, Values<T>& to, bool scaled, bool drops,
                         const auto& want) {
     const int chunks = (most_ranks + kSegmentsColumns - 1) / kSegmentsColumns;
-    launch(segments_down_kernel<T, kAlong>, most * chunks, kSegmentsThreads, plan(scaled, drops), from.in(),
+    launch(segments_down_kernel<T>, most * chunks, kSegmentsThreads, plan(scaled, drops), from.in(),
            from.columns, matrix.in(), chunks, to.out());
     compare(what, c.rows, h_columns, of_row([&](int64_t i, int64_t r) { return to.at(i, r); }), of_row(want), rounding);
     for (int64_t i = 0; i < c.rows; ++i)
@@ -152,7 +149,7 @@ void check(const Case& c, int64_t padding, int64_t splits) {
   const auto up = [&](const char* what, Values<T>& skinny, Values<T>& matrix, Values<T>& to, bool scaled, bool drops,
                       const auto& want) {
     const int strips = static_cast<int>((to.columns + kSegmentsColumns - 1) / kSegmentsColumns);
-    launch(segments_up_kernel<T, kAlong>, most * strips, kSegmentsThreads, plan(scaled, drops), skinny.in(),
+    launch(segments_up_kernel<T>, most * strips, kSegmentsThreads, plan(scaled, drops), skinny.in(),
            matrix.in(), strips, to.out(), to.columns);
     compare(what, c.rows, to.columns, [&](int64_t i, int64_t j) { return to.at(i, j); }, want, rounding);
   };
@@ -209,20 +206,23 @@ void check(const Case& c, int64_t padding, int64_t splits) {
 int main() {
   const Case scattered{150, 72, 136, {7, 0, 33, 16, 80}, {0.3, 0, 0, 1, 0.1}, {2, 3, 40, 40, 61, 100, 133, 150},
                        {2, 0, 1, 4, -1, 2, 4}};
-  check<Bfloat16Bits, true>(scattered, 8, 1);
-  check<HalfBits, false>(scattered, 3, 3);
-  check<float, true>(scattered, 3, 2);
-  check<double, false>(scattered, 8, 1);
+  check<Bfloat16Bits>(scattered, 8, 1);
+  check<HalfBits>(scattered, 3, 3);
+  check<float>(scattered, 3, 2);
+  check<double>(scattered, 8, 1);
   const Case cut{37, 45, 29, {3, 5}, {0.5, 0}, {-9, 5, 20, 90}, {1, 7, 0}};
-  check<Bfloat16Bits, false>(cut, 8, 2);
-  check<HalfBits, true>(cut, 0, 1);
-  check<float, false>(cut, 8, 1);
-  check<double, true>(cut, 3, 2);
+  check<Bfloat16Bits>(cut, 8, 2);
+  check<HalfBits>(cut, 0, 1);
+  check<float>(cut, 8, 1);
+  check<double>(cut, 3, 2);
   Case singles{70, 16, 8, {1, 2, 17}, {0, 0.2, 0}, {}, {}};
   for (int64_t i = 0; i <= 70; ++i) singles.offsets.push_back(i);
   for (int64_t i = 0; i < 70; ++i) singles.adapters.push_back(5 * i % 4 - 1);
-  check<Bfloat16Bits, true>(singles, 8, 4);
-  check<float, true>(singles, 8, 1);
-  check<Bfloat16Bits, true>({40, 8, 1, {2, 1}, {0, 0}, {0, 9}, {1}}, 8, 1);
+  check<Bfloat16Bits>(singles, 8, 4);
+  check<float>(singles, 8, 1);
+  const Case wide{33, 330, 200, {20, 3}, {0.1, 0}, {0, 20, 33}, {1, 0}};
+  check<HalfBits>(wide, 8, 1);
+  check<double>(wide, 3, 1);
+  check<Bfloat16Bits>({40, 8, 1, {2, 1}, {0, 0}, {0, 9}, {1}}, 8, 1);
   std::puts("passed");
 }
