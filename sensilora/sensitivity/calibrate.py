@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -425,31 +425,46 @@ def _distinct(matrices: Mapping[str, Matrix]) -> list[Matrix]:
 
 
 def _measure(
-    observer: Estimator, matrix: Matrix, *, k: float, alpha: float, writer: DiagonalWriter | None
-) -> MatrixSensitivity:
-    """Reduce a matrix's finished diagonal to its numbers, and let go of it."""
-    diagonal = observer.diagonal(matrix)
-    matrix.diagonal = None
-    if not bool(diagonal.isfinite().all()):
-        raise NonFiniteError(
-            f"the gradients of module {matrix.name!r} overflowed to Inf or NaN though the loss is finite; "
-            "calibrate in bfloat16 or float32"
+    observer: Estimator, matrices: Sequence[Matrix], *, k: float, alpha: float, writer: DiagonalWriter | None
+) -> list[MatrixSensitivity]:
+    """Reduce the finished diagonals of matrices to their numbers, and let go of them."""
+    diagonals = [observer.diagonal(matrix) for matrix in matrices]
+    # Those of one kind go through the op together, which waits for the device once.
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for place, diagonal in enumerate(diagonals):
+        kinds.setdefault((diagonal.dtype, diagonal.device), []).append(place)
+    found: dict[int, tuple[float, float, int]] = {}
+    for places in kinds.values():
+        try:
+            metrics = ops.diagonal_metrics_batch([diagonals[place] for place in places], k=k, alpha=alpha)
+        except NonFiniteError as error:
+            first = next(place for place in places if not bool(diagonals[place].isfinite().all()))
+            raise NonFiniteError(
+                f"the gradients of module {matrices[first].name!r} overflowed to Inf or NaN though the loss is "
+                "finite; calibrate in bfloat16 or float32"
+            ) from error
+        found.update(zip(places, zip(*(values.tolist() for values in metrics), strict=True), strict=True))
+    measured = []
+    for place, matrix in enumerate(matrices):
+        matrix.diagonal = None
+        if writer is not None:
+            writer.add(matrix.name, diagonals[place])
+        trace, topk_mean, effective_rank = found[place]
+        measured.append(
+            MatrixSensitivity(
+                shape=matrix.shape,
+                trace=trace,
+                topk_mean=topk_mean,
+                effective_rank=effective_rank,
+                tokens=matrix.tokens,
+                calls=matrix.calls,
+                aliases=tuple(matrix.modules[1:]),
+                damping=matrix.damping,
+                attempts=matrix.attempts,
+                probes=matrix.probes,
+            )
         )
-    metrics = ops.diagonal_metrics(diagonal, k=k, alpha=alpha)
-    if writer is not None:
-        writer.add(matrix.name, diagonal)
-    return MatrixSensitivity(
-        shape=matrix.shape,
-        trace=float(metrics.trace),
-        topk_mean=float(metrics.topk_mean),
-        effective_rank=int(metrics.effective_rank),
-        tokens=matrix.tokens,
-        calls=matrix.calls,
-        aliases=tuple(matrix.modules[1:]),
-        damping=matrix.damping,
-        attempts=matrix.attempts,
-        probes=matrix.probes,
-    )
+    return measured
 
 
 def _versions() -> dict[str, str]:

@@ -110,7 +110,7 @@ class Sweep:
     """The passes over the data, from where a checkpoint left off to their end.
 
     Attributes:
-        measure: reduces a matrix's finished diagonal to its numbers, and frees it.
+        measure: reduces matrices' finished diagonals to their numbers, and frees them.
         head: parameters that were trained for the calibration only, by name.
         measured: what `measure` gave, by matrix name.
         done: batches of the current pass that are in the sums.
@@ -123,7 +123,7 @@ class Sweep:
     observer: Estimator
     batches: Iterable[Any]
     passes: list[Pass]
-    measure: Callable[[Matrix], MatrixSensitivity]
+    measure: Callable[[Sequence[Matrix]], list[MatrixSensitivity]]
     text: str
     progress: bool
     checkpoint: Checkpoint | None = None
@@ -189,7 +189,7 @@ class Sweep:
                             f"the calibration data says that it holds {length} batches and gives more; give a list"
                         )
                     if count == length:
-                        observer.finish = self._finish
+                        observer.finish = lambda matrix: self._finish([matrix])
                     observer.observe(Batch(raw, self.model))
                     self.done = count
                     stop = interrupted()
@@ -205,18 +205,19 @@ class Sweep:
         check_coverage(observer, [matrix for matrix in group if matrix.name in observer.modules])
         # An expert that no token reached has no diagonal.
         rest = [matrix for matrix in group if matrix.calls and matrix.name not in self.measured]
-        late = observer.keeps_batches
-        for matrix in progress_bar(rest, "probing", show=self.progress and late, unit="matrix"):
-            self._finish(matrix)
-            stop = interrupted()
-            if self.checkpoint is not None and (late or stop):
+        if not observer.keeps_batches:
+            self._finish(rest)
+            return
+        for matrix in progress_bar(rest, "probing", show=self.progress, unit="matrix"):
+            self._finish([matrix])
+            if self.checkpoint is not None:
                 self.save()
-            if stop:
+            if interrupted():
                 raise KeyboardInterrupt
 
-    def _finish(self, matrix: Matrix) -> None:
-        if matrix.name not in self.measured:
-            self.measured[matrix.name] = self.measure(matrix)
+    def _finish(self, matrices: Sequence[Matrix]) -> None:
+        for matrix, found in zip(matrices, self.measure(matrices), strict=True):
+            self.measured[matrix.name] = found
 
     def _recognise(self, count: int, raw: object) -> None:
         """Batch `count` (from 1) is what it was in the first pass, or before the checkpoint."""
