@@ -36,7 +36,8 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("Operations", "Each has a plain torch reference and faster backends; see the table in the README.",
      [(f"sensilora.ops.{name}", getattr(sensilora.ops, name))
       for name in ("autocorrelation_diag", "autocorrelation_blocks", "fisher_diag", "hutchinson_accumulate",
-                   "rademacher", "diagonal_metrics", "DiagonalMetrics", "lora_linear", "lora_group", "lora_segments")]
+                   "rademacher", "diagonal_metrics", "diagonal_metrics_batch", "DiagonalMetrics", "lora_linear",
+                   "lora_group", "lora_segments")]
      + [("sensilora.use_backend", sensilora.use_backend)]),
     ("Pictures", "", [("sensilora.plots.plot_ranks", sensilora.plots.plot_ranks),
                       ("sensilora.plots.plot_training", sensilora.plots.plot_training)]),
