@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from sensilora import _files
 from sensilora.errors import OutputExistsError
@@ -43,6 +43,34 @@ def test_write_tensors_round_trip(tmp_path):
     _files.write_tensors(tmp_path / "x.safetensors", tensors)
     loaded = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], list(_files._SAFETENSORS_NAMES)], ids=["one", "all"])
+def test_tensors_are_written_as_safetensors_writes_them(tmp_path, dtypes):
+    tensors = {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), 'a "quoted" \\ näme': torch.ones(1)}
+    for place, dtype in enumerate(dtypes):
+        tensors[f"layer.{place}"] = torch.randint(0, 2, (3, place + 1)).to(dtype)
+        tensors[f"a.{place}"] = torch.randint(0, 2, (place + 1, 1)).to(dtype)
+    path = _files.write_tensors(tmp_path / "x.safetensors", tensors)
+    assert path.read_bytes() == save(tensors, metadata={"format": "pt"})
+
+
+def test_a_file_that_is_being_replaced_is_whole_until_it_is(tmp_path):
+    path = _files.write_text(tmp_path / "a", "old")
+    with _files.replaced(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert everything_in(tmp_path) == ["a"]
+
+
+def test_remove_all_but(tmp_path):
+    names = ["x-1.bin", "x-2.bin", "y-1.bin", ".x-3.bin.abc.part", ".y-3.bin.abc.part", "x-1.bin.txt"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    _files.remove_all_but(tmp_path, "x-*.bin", {"x-2.bin"})
+    assert everything_in(tmp_path) == [".y-3.bin.abc.part", "x-1.bin.txt", "x-2.bin", "y-1.bin"]
 
 
 def test_permissions_follow_the_umask(tmp_path):

@@ -13,7 +13,7 @@ from sensilora.errors import CalibrationError
 from sensilora.sensitivity import Diagonals, SensitivityReport, calibrate
 from sensilora.sensitivity.losses import Likelihood
 from sensilora.sensitivity.sweep import in_words, parse_bytes
-from tests.sensitivity.oracles import Net, classification_batch, sequences
+from tests.sensitivity.oracles import Net, classification_batch, pad, sequences
 
 driver = importlib.import_module("sensilora.sensitivity.calibrate")
 
@@ -337,6 +337,25 @@ def test_data_with_a_wrong_length():
 
 
 # ---------------------------------------------------------------------------------------------- experts and devices
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "bart"])
+def test_transformers_models(name):
+    """With dropout, norms, fused attention, tied embeddings, two stacks: the graph of every pass is that of one."""
+    test_models = pytest.importorskip("tests.sensitivity.test_models", exc_type=ImportError)
+    model, ids = getattr(test_models, name)().float(), sequences(4, 6, 2, 5)
+    data = []
+    for pair in (ids[:2], ids[2:]):
+        padded, mask = pad(pair)
+        labels = torch.tensor([1, 0]) if name == "bert" else padded
+        data.append({"input_ids": padded, "attention_mask": mask, "labels": labels})
+    for mode in ("per_sequence", "per_loss_term"):
+        arguments = {"estimator": "fisher", "mode": mode, "progress": False}
+        whole = calibrate(model, data, **arguments)
+        budget = 2 * max(4 * whole.diagonal_size(matrix) for matrix in whole)
+        swept = calibrate(model, data, **arguments, memory_budget=budget)
+        assert len(swept.passes) > 2
+        assert swept.matrices == whole.matrices
 
 
 @pytest.mark.parametrize("matmul", [False, True])
