@@ -182,21 +182,21 @@ class FusedLinear(Linear):
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         if names is not None:
             adapters = [name for name in dict.fromkeys(names) if name in self.lora_A]
-        if self.disable_adapters or self.merged or not adapters or not self._as_usual(x, args, kwargs):
+        if self.disable_adapters or self.merged or not adapters:
             return super().forward(x, *args, **kwargs)
         reason = _why_not_base(self.base_layer) or self._why_not(adapters, mixed=names is not None)
-        if reason is not None:
-            if not torch.compiler.is_compiling():
-                _warn_of(reason)
+        if reason is not None and not torch.compiler.is_compiling():
+            _warn_of(reason)
+        if reason is not None or not self._is_usual(x, args, kwargs):
             return super().forward(x, *args, **kwargs)
         if names is None:
             return self._active(x, adapters)
         self._check_forward_args(x, adapter_names=names)
         return self._mixed(x, adapters, names)
 
-    def _as_usual(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether PEFT would take this call; else its own errors are the clearest."""
-        weight = self.get_base_layer().weight
+    def _is_usual(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether PEFT would take this call, over a plain base; else its own errors are the clearest."""
+        weight: Any = self.base_layer.weight
         return (
             not args
             and kwargs.keys() <= {"adapter_names", *VARIANT_KWARG_KEYS}
@@ -209,17 +209,17 @@ class FusedLinear(Linear):
         for name in adapters:
             if name in self.lora_variant:
                 return f"adapter {name!r} is {type(self.lora_variant[name]).__name__}, a variant of LoRA"
-            factors = self.lora_A[name], self.lora_B[name]
-            if any(type(factor) is not nn.Linear or _is_wrapped(factor) for factor in factors):
-                return "lora_A or lora_B is wrapped or has hooks"
-            dropout = self.lora_dropout[name]
+            lora_A, lora_B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+            for factor in (lora_A, lora_B):
+                if type(factor) is not nn.Linear or _is_wrapped(factor) or not _is_dense(factor.weight):
+                    return "lora_A or lora_B is replaced, wrapped or sharded, or has hooks"
             if type(dropout) not in (nn.Dropout, nn.Identity) or _is_wrapped(dropout):
                 return f"the dropout is {type(dropout).__name__} and no plain nn.Dropout"
-            if mixed and factors[1].bias is not None:
+            if mixed and lora_B.bias is not None:
                 return "adapter_names select an adapter with lora_bias"
             if len(adapters) > 1 and not mixed and self._dropout_p(name) > 0.0:
                 return "several active adapters have dropout, each with a mask of its own"
-            if not self.cast_input_dtype_enabled and factors[0].weight.dtype != self.get_base_layer().weight.dtype:
+            if not self.cast_input_dtype_enabled and lora_A.weight.dtype != self.get_base_layer().weight.dtype:
                 return "casting the input's dtype is disabled"
         return None
 
@@ -296,14 +296,18 @@ def _why_not_layer(layer: Any) -> str | None:
 def _why_not_base(base: Any) -> str | None:
     """Why the ops cannot stand for calling this base layer, as a clause; None if they can."""
     if type(base) not in (nn.Linear, Conv1D):
-        return f"the base layer is {type(base).__name__} and no plain nn.Linear or Conv1D"
-    weight = base.weight
-    # A view of a sharded flat parameter will do; a subclass, as of quantised and distributed tensors, will not.
-    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in FLOATS:
-        return f"the base layer's weight is {type(weight).__name__} of {weight.dtype}"
+        # With its module, since PEFT has layers of the name Linear too.
+        return f"the base layer is {type(base).__module__}.{type(base).__name__}, not a plain nn.Linear or Conv1D"
+    if not _is_dense(base.weight):
+        return f"the base layer's weight is {type(base.weight).__name__} of {base.weight.dtype}"
     if _is_wrapped(base):
         return "the base layer has hooks or a forward of its own"
     return None
+
+
+def _is_dense(weight: Any) -> bool:
+    """A view of a sharded flat parameter is; a tensor of a class of its own, quantised or distributed, is not."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOATS
 
 
 def _is_wrapped(module: nn.Module) -> bool:

@@ -802,6 +802,30 @@ class TestTorch:
         got = {name.removeprefix("_orig_mod."): value for name, value in step(compiled).items()}
         assert_same(got, expected)
 
+    def test_hotswapping_compiles_once(self, tmp_path):
+        _, fused = pair()
+        other = randomised(get_peft_model(llama(), config(r=3, lora_alpha=2)))
+        other.save_pretrained(tmp_path)
+        prepare_model_for_compiled_hotswap(fused, target_rank=8, config=fused.peft_config)
+        torch._dynamo.reset()
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        before = logits(compiled)
+        hotswap_adapter(fused, str(tmp_path), "default", torch_device="cpu")
+        expected = logits(fused)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            got = logits(compiled)
+        torch.testing.assert_close(got, expected)
+        assert not torch.allclose(got, before)
+
+    def test_compile_of_mixed_batches(self):
+        _, fused = TestAdapters().several()
+        names = ["default", "__base__", "b"]
+        torch._dynamo.reset()
+        layer, x = fused_layers(fused)[0], torch.randn(3, 5, 32)
+        expected = layer(x, adapter_names=names)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, adapter_names=names), expected)
+
     def test_compile_of_what_is_left_to_peft(self):
         stock, fused = layer_pair(nn.Linear(8, 8), use_dora=True)
         x = torch.randn(4, 8)
