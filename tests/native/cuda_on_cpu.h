@@ -128,6 +128,8 @@ inline void __syncthreads() {
   while (block_turn == turn) yield();
 }
 
+inline void __syncwarp() { cuda_on_cpu::exchange<1>({0}); }
+
 inline uint32_t __shfl_xor_sync(uint32_t, uint32_t value, int lanes) {
   const unsigned lane = threadIdx.x % 32;
   return cuda_on_cpu::exchange<1>({value})[lane ^ lanes][0];

@@ -291,3 +291,34 @@ def test_estimators_and_seeds_may_differ():
     metrics = {"a": (1, 1, 1), "b": (2, 2, 2)}
     other = make_report(metrics, estimator="activation", mode=None, labels=None, seed=5, sequences=9, tokens=7)
     assert make_report(metrics).compare(other).agreement["trace"].kendall == pytest.approx(1)
+
+
+def test_a_report_from_before_the_estimators_with_probes_is_read(tmp_path):
+    report = encoder_report(layers=1)
+    path = report.save(tmp_path / "report.json")
+    content = json.loads(path.read_text())
+    for name in ("hvp", "probes", "min_probes", "tolerance"):
+        assert content.pop(name) is None
+    for matrix in content["matrices"].values():
+        assert matrix.pop("probes") is None
+    path.write_text(json.dumps(content))
+    assert SensitivityReport.load(path) == report
+
+
+@pytest.mark.parametrize("change", [{"hvp": "double_backward"}, {"probes": 8}, {"tolerance": 0.0}])
+def test_settings_of_probes_belong_to_hutchinson(change):
+    report = encoder_report(layers=1)
+    with pytest.raises(ValueError, match="given for the estimator 'hutchinson' only"):
+        replace(report, **change)
+    with pytest.raises(ValueError, match="given for the estimator 'hutchinson' only"):
+        replace(report, estimator="hutchinson", mode=None, labels=None, **change)
+    settings = {
+        "hvp": "double_backward",
+        "probes": 8,
+        "min_probes": 2,
+        "tolerance": 0.0,
+        "mode": None,
+        "labels": None,
+    }
+    with pytest.raises(ValueError, match=r"probes of encoder\.layer\.0\..* 'hutchinson' only"):
+        replace(report, estimator="hutchinson", **settings)
