@@ -1,7 +1,7 @@
 """PEFT's own LoRA tests on fused layers, beside the same tests on PEFT's layers.
 
     pip download --no-deps --no-binary :all: peft==$(python -c "import peft; print(peft.__version__)")
-    python -m benchmarks.peft_suite peft-0.21.2.tar.gz [--files test_custom_models.py ...] [-- pytest arguments]
+    python -m benchmarks.peft_suite peft-0.21.2.tar.gz [--files test_custom_models.py ...] [pytest's arguments]
 
 The tests come with PEFT's source distribution, which must be of the installed version; they need ``parameterized``,
 ``datasets`` and what else their files import. In the fused run every ``LoraConfig`` that is made passes through
@@ -50,6 +50,16 @@ FILES = [
 ]
 #: The largest file runs every test for each of PEFT's methods; of these, LoRA.
 SELECTED = "not test_custom_models or (lora and not adalora and not randlora and not unilora and not xlora)"
+
+#: Tests of how a layer calls itself, which is lora.Linear in the one run and lora.FusedLinear in the other.
+OF_THE_NAME = {
+    "test_modules_to_save_targets_lora_layer_raises",
+    "test_module_type_large",
+    "test_module_type_small",
+    "test_repr_lora_conv1d",
+    "test_repr_lora_linear",
+    "test_target_parameters_and_target_modules",
+}
 
 Outcomes = dict[str, str]
 
@@ -150,11 +160,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", type=Path, help="PEFT's source distribution, of the installed version")
     parser.add_argument("--files", nargs="+", default=FILES, metavar="FILE", help="names of the suite's files")
-    parser.add_argument("pytest", nargs="*", help="further arguments for pytest, after --")
-    options = parser.parse_args()
+    options, arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         tests = unpack(options.archive, Path(folder))
-        runs = [start(tests, kind, options.files, options.pytest) for kind in ("stock", "fused")]
+        runs = [start(tests, kind, options.files, arguments) for kind in ("stock", "fused")]
         (stock, _), (fused, calls) = (finished(*run) for run in runs)
     kinds = ("passed", "failed", "skipped", "not collected")
     print(f"\n{'':28} stock: {', '.join(kinds)}; fused: the same")
@@ -165,11 +174,13 @@ def main() -> int:
         total = collections.Counter(found.values())
         print(f"{name}: " + ", ".join(f"{total[kind]} {kind}" for kind in kinds))
     different = sorted(test for test in stock | fused if stock.get(test) != fused.get(test))
+    of_the_name = {test for test in different if test.rpartition("::")[2] in OF_THE_NAME}
     for test in different:
-        print(f"differs: {test}: stock {stock.get(test)}, fused {fused.get(test)}")
+        why = ", of the layer's name" if test in of_the_name else ""
+        print(f"differs{why}: {test}: stock {stock.get(test)}, fused {fused.get(test)}")
     for what, count in sorted(calls.items()):
         print(f"{count:7} layer calls, {what}")
-    return 1 if different else 0
+    return 1 if len(different) > len(of_the_name) else 0
 
 
 if __name__ == "__main__":
