@@ -46,5 +46,12 @@ def test_signs_leave_room_for_loads_in_flight(usage, dtype):
     assert usage[f"hutchinson {dtype}"]["spilled"] == 0
 
 
+@pytest.mark.parametrize("name", ["metrics exponents", "metrics digits", "metrics tails"])
+def test_metrics_leave_room_for_loads_in_flight(usage, name):
+    # Three programs of four warps, each with 2048 values under way.
+    assert 3 * 128 * -(-usage[name]["registers"] // 8) * 8 <= REGISTERS
+    assert usage[name]["spilled"] == 0
+
+
 def test_sizes_of_one_compile(usage):
     assert usage["reduce of sizes of one"]["registers"] > 0
