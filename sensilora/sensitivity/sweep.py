@@ -135,6 +135,8 @@ class Sweep:
     digests: list[str] = field(default_factory=list)
     rng: Tensor = field(default_factory=torch.get_rng_state)
     _rng_now: Tensor | None = None
+    _whole: bool = True
+    _interruption: _Interruption = field(default_factory=lambda: _Interruption())
 
     def run(self) -> None:
         """Go through all passes.
@@ -146,15 +148,17 @@ class Sweep:
             TargetError: a matrix never ran.
         """
         if self.checkpoint is None:
-            self._run(lambda: False)
+            self._run()
             return
         self.checkpoint.folder.mkdir(parents=True, exist_ok=True)
         if self.head and not self.checkpoint.exists:
             self.save()
         try:
-            with _deferred_interrupt() as interrupted:
-                self._run(interrupted)
+            with self._interruption:
+                self._run()
         except KeyboardInterrupt:
+            if self._whole and self.done:
+                self.save()
             if not self.checkpoint.exists:
                 raise
             raise KeyboardInterrupt(
@@ -162,14 +166,15 @@ class Sweep:
                 "arguments to go on from there"
             ) from None
 
-    def _run(self, interrupted: Callable[[], bool]) -> None:
+    def _run(self) -> None:
         while self.current < len(self.passes):
-            self._pass(interrupted)
-            self.current, self.done, self._rng_now = self.current + 1, 0, None
-            if self.checkpoint is not None and self.current < len(self.passes):
-                self.save()
+            self._pass()
+            with self._step():
+                self.current, self.done, self._rng_now = self.current + 1, 0, None
+                if self.checkpoint is not None and self.current < len(self.passes):
+                    self.save()
 
-    def _pass(self, interrupted: Callable[[], bool]) -> None:
+    def _pass(self) -> None:
         observer, group = self.observer, self.passes[self.current].matrices
         chosen = {matrix.name for matrix in group}
         for matrix in observer.matrices.values():
@@ -190,14 +195,8 @@ class Sweep:
                         )
                     if count == length:
                         observer.finish = lambda matrix: self._finish([matrix])
-                    observer.observe(Batch(raw, self.model))
-                    self.done = count
-                    stop = interrupted()
-                    if self.checkpoint is not None and (count % self.checkpoint.every == 0 or stop):
-                        self._rng_now = torch.get_rng_state()
-                        self.save()
-                    if stop:
-                        raise KeyboardInterrupt
+                    with self._step():
+                        self._observe(count, raw)
                 elif count == resumed and self._rng_now is not None:
                     torch.set_rng_state(self._rng_now)
         if count < max(resumed, len(self.digests)):
@@ -206,18 +205,34 @@ class Sweep:
         # An expert that no token reached has no diagonal.
         rest = [matrix for matrix in group if matrix.calls and matrix.name not in self.measured]
         if not observer.keeps_batches:
-            self._finish(rest)
+            with self._step():
+                self._finish(rest)
             return
         for matrix in progress_bar(rest, "probing", show=self.progress, unit="matrix"):
-            self._finish([matrix])
-            if self.checkpoint is not None:
+            with self._step():
+                self._finish([matrix])
+                if self.checkpoint is not None:
+                    self.save()
+
+    def _observe(self, count: int, raw: Any) -> None:
+        self.observer.observe(Batch(raw, self.model))
+        self.done = count
+        if self.checkpoint is not None:
+            self._rng_now = torch.get_rng_state()
+            if count % self.checkpoint.every == 0:
                 self.save()
-            if interrupted():
-                raise KeyboardInterrupt
 
     def _finish(self, matrices: Sequence[Matrix]) -> None:
         for matrix, found in zip(matrices, self.measure(matrices), strict=True):
             self.measured[matrix.name] = found
+
+    @contextlib.contextmanager
+    def _step(self) -> Iterator[None]:
+        """What Ctrl-C waits for, as the sums are of no use half-way."""
+        self._whole = False
+        with self._interruption.deferred():
+            yield
+            self._whole = True
 
     def _recognise(self, count: int, raw: object) -> None:
         """Batch `count` (from 1) is what it was in the first pass, or before the checkpoint."""
@@ -312,28 +327,37 @@ def _plain(matrix: Matrix) -> dict[str, Any]:
     return {"tokens": matrix.tokens, "calls": matrix.calls, "shape": matrix.shape, "dtype": dtype}
 
 
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, to be asked when it suits; pressed again, it acts at once.
+class _Interruption:
+    """While it is entered, Ctrl-C waits for the end of a step; pressed again, it acts at once.
 
     Only where Ctrl-C does what Python does by default; elsewhere it does what it did.
     """
-    pressed = False
 
-    def note(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
+    def __init__(self) -> None:
+        self._busy = self._pressed = self._installed = False
+
+    def __enter__(self) -> None:
+        here = threading.current_thread() is threading.main_thread()
+        self._installed = here and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._installed:
+            signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _note(self, *_: object) -> None:
+        if not self._busy or self._pressed:
             raise KeyboardInterrupt
-        pressed = True
+        self._pressed = True
 
-    here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pressed:
-        raise KeyboardInterrupt
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A step; KeyboardInterrupt at its end if Ctrl-C was pressed meanwhile."""
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+        if self._pressed:
+            raise KeyboardInterrupt

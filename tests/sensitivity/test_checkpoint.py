@@ -1,5 +1,6 @@
 """A calibration that was killed, interrupted or failed goes on from its checkpoint, to the same numbers."""
 
+import importlib
 import json
 import os
 import signal
@@ -247,6 +248,41 @@ def test_ctrl_c_finishes_the_batch_and_says_how_to_go_on(tmp_path, arguments):
     if arguments["estimator"] != "hutchinson":  # its work is not in the batches
         assert model.calls == 6 * len(report.passes) - 4
     assert content(tmp_path) == []
+
+
+def test_ctrl_c_while_data_is_awaited_acts_at_once(tmp_path):
+    class Slow:
+        def __iter__(self):
+            for place, batch in enumerate(data()):
+                if place == 3:
+                    interrupt()
+                    pytest.fail("the data was read on")
+                yield batch
+
+    arguments = {"estimator": "fisher", "checkpoint": tmp_path / "state", "progress": False}
+    with pytest.raises(KeyboardInterrupt, match="calibrate again"):
+        calibrate(model_of(), Slow(), **arguments)
+    model = model_of()
+    assert calibrate(model, data(), **arguments) == calibrate(model_of(), data(), estimator="fisher", progress=False)
+    assert model.calls == 3
+
+
+def test_ctrl_c_while_diagonals_are_reduced(tmp_path, monkeypatch):
+    driver = importlib.import_module("sensilora.sensitivity.calibrate")
+    measure = driver._measure
+
+    def interrupted(observer, matrices, **options):
+        interrupt()
+        return measure(observer, matrices, **options)
+
+    arguments = {"estimator": "activation", "checkpoint": tmp_path / "state", "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_measure", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="calibrate again"):
+            calibrate(model_of(), data(), **arguments)
+    model = model_of()
+    assert calibrate(model, data(), **arguments) == calibrate(model_of(), data(), progress=False)
+    assert model.calls == 0
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path):

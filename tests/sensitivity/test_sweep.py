@@ -88,6 +88,7 @@ def test_sizes_in_words():
 
 
 @every_estimator
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
 def test_a_budget_changes_no_bit(arguments, use_reentrant):
     model = Net(repeat=2, use_reentrant=use_reentrant)
