@@ -61,14 +61,14 @@ def test_long_and_many_sequences(on_backend, device, mode, dtype, lengths, featu
 
 
 @pytest.mark.parametrize("mode", CONVENTIONS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_sums_of_one_sign_are_not_cut_off(on_backend, device, mode, dtype):
-    # A tensor core cuts off what it adds to a sum: with equal signs the errors add up, and so do those of one square.
-    x, g = torch.full((1, 4096, 40), 1.0039).to(dtype), torch.full((1, 4096, 24), 0.0117).to(dtype)
+    # A tensor core cuts off what it adds to a sum: with equal signs those errors add up, unlike errors of rounding.
+    x, g = ((torch.rand(1, 4096, size) + 0.5).to(dtype) for size in (40, 24))
     with on_backend(OP, dtype):
         got = fisher_diag(x.to(device), g.to(device), mode=mode)
-    factor = 4096.0 if mode == "per_position" else 4096.0**2
-    expected = factor * g.double()[0, 0].square().unsqueeze(1) * x.double()[0, 0].square()
+    x, g = x.double()[0], g.double()[0]
+    expected = g.square().T @ x.square() if mode == "per_position" else (g.T @ x).square()
     assert relative_error(got, expected) <= 1e-5
 
 
