@@ -9,6 +9,9 @@ from torch.nn.functional import pad
 from sensilora.ops._backend import accumulator_dtype
 
 _HALVES = (torch.bfloat16, torch.float16)
+# Rows of a product: a tensor core cuts off what it adds to a sum, and squares only ever add to it. With 8192 rows in
+# one product the diagonal was off by 2.7e-5 on an H200.
+_ROWS = 1024
 
 
 def autocorrelation_blocks(x: Tensor, block_size: int, *, mask: Tensor | None = None) -> Tensor:
@@ -58,6 +61,10 @@ def autocorrelation_blocks(x: Tensor, block_size: int, *, mask: Tensor | None = 
 def _products(rows: Tensor) -> Tensor:
     """(blocks, block, block) of rows (rows, blocks, block), in the dtype that sums are kept in."""
     if rows.is_cuda and rows.dtype in _HALVES:
-        return torch.bmm(rows.permute(1, 2, 0), rows.transpose(0, 1), out_dtype=torch.float32)
+        first, *others = rows.split(_ROWS)
+        total = torch.bmm(first.permute(1, 2, 0), first.transpose(0, 1), out_dtype=torch.float32)
+        for some in others:
+            total = torch.baddbmm(total, some.permute(1, 2, 0), some.transpose(0, 1), out_dtype=torch.float32)
+        return total
     rows = rows.to(accumulator_dtype(rows.dtype))
     return torch.bmm(rows.permute(1, 2, 0), rows.transpose(0, 1))

@@ -102,6 +102,13 @@ def test_halves_are_summed_in_fp32_without_a_copy():
     assert relative_error(got, oracle(x, 128)) <= 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_sums_of_squares_are_not_cut_off(dtype):
+    x = torch.randn(16384, 256, device="cuda", dtype=dtype)
+    assert relative_error(autocorrelation_blocks(x, 128), oracle(x, 128)) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("x", "block_size", "mask", "message"),
     [
