@@ -254,7 +254,7 @@ def calibrate(
         saved = state.read()
     writer = None
     if folder is not None:
-        writer = DiagonalWriter(folder, shard_bytes, {} if saved is None else saved[0]["diagonals"])
+        writer = DiagonalWriter(folder, shard_bytes, None if saved is None else saved[0]["diagonals"])
     warmed = warmed_head(
         model,
         batches,

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sensilora._files import remove_all_but, write_tensors, write_text
-from sensilora.errors import OutputExistsError, ReportError
+from sensilora.errors import CalibrationError, OutputExistsError, ReportError
 from sensilora.sensitivity.report import SensitivityReport
 
 INDEX_FILE = "diagonals.safetensors.index.json"
@@ -26,10 +26,11 @@ class DiagonalWriter:
     Args:
         folder: made if it is not there.
         shard_bytes: of the values in a file; a larger diagonal has a file of its own.
-        written: the files of the diagonals that are there already, by matrix name, from a run that is resumed.
+        written: the files of the diagonals that are there already, by matrix name, where a run is resumed.
 
     Raises:
         OutputExistsError: `folder` is a file, or holds something that no interrupted run left there.
+        CalibrationError: a file of `written` is gone.
     """
 
     def __init__(
@@ -41,6 +42,14 @@ class DiagonalWriter:
         if self.folder.is_file():
             raise OutputExistsError(f"the folder for diagonals, {self.folder}, is a file; name a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        gone = sorted(file for file in set(self.files.values()) if not (self.folder / file).exists())
+        if gone:
+            raise CalibrationError(
+                f"{gone[0]} is gone from the folder for diagonals, {self.folder}, on which the checkpoint counts; "
+                "remove the checkpoint to start again"
+            )
+        if written is not None:
+            remove_all_but(self.folder, INDEX_FILE, ())
         if any(not path.match(_FILES) and path.suffix != ".part" for path in self.folder.iterdir()):
             raise OutputExistsError(f"the folder for diagonals, {self.folder}, is not empty; name another")
         # Without an index they are of a run that was killed, perhaps after its last checkpoint.

@@ -434,6 +434,39 @@ def test_less_data_than_before(stopped):
         calibrate(model_of(), data()[:2], **stopped)
 
 
+def test_diagonals_that_are_gone(tmp_path):
+    places = {"checkpoint": tmp_path / "state", "keep_diagonals": tmp_path / "kept", "progress": False}
+    arguments = {"estimator": "fisher", "memory_budget": 1200, "checkpoint_every": 1, **places}
+    with pytest.raises(RuntimeError, match="stop"):
+        calibrate(model_of(8, fail), data(), **arguments)
+    (file,) = (tmp_path / "kept").iterdir()
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(CalibrationError, match=rf"{file.name} is gone from .*kept, on which the checkpoint counts"):
+        calibrate(model_of(), data(), **arguments)
+    file.write_bytes(content)
+    report = calibrate(model_of(), data(), **arguments)
+    assert list(Diagonals(tmp_path / "kept")) == list(report)
+
+
+def test_a_kill_between_the_index_and_the_end(tmp_path, monkeypatch):
+    """All is done and written but the checkpoint is still there."""
+    places = {"checkpoint": tmp_path / "state", "checkpoint_every": 1, "keep_diagonals": tmp_path / "kept"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "remove", fail_at_the_end)
+        with pytest.raises(RuntimeError, match="stop"):
+            calibrate(model_of(), data(), **places, progress=False)
+    model = model_of()
+    report = calibrate(model, data(), **places, progress=False)
+    assert model.calls == 0
+    assert list(Diagonals(tmp_path / "kept")) == list(report)
+    assert content(tmp_path) == ["kept"]
+
+
+def fail_at_the_end(checkpoint):
+    fail()
+
+
 @pytest.mark.parametrize("damage", ["json", "half", "sums gone", "sums short", "another file"])
 def test_a_damaged_state(stopped, damage):
     folder = stopped["checkpoint"]
