@@ -22,8 +22,11 @@ template <class T, class Pass>
 void run_pass(const Batch& batch, unsigned blocks, cudaStream_t stream) {
   if (batch.chunks == 0) return;
   constexpr int kBytes = Pass::kWords * sizeof(uint32_t);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(pass_kernel<T, Pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  pass_kernel<T, Pass><<<blocks, kThreads, kBytes, stream>>>(batch);
+  const auto kernel = pass_kernel<T, Pass>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  // Values are read once and need no first-level cache.
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
+  kernel<<<blocks, kThreads, kBytes, stream>>>(batch);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

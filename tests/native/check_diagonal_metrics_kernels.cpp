@@ -55,19 +55,14 @@ struct Matrix {
   int64_t size, count, offset;
 };
 
-// Matrices of T in one batch; each value is what `make` gives, as bits.
-template <class T, class Make>
-void check(const char* what, const std::vector<Matrix>& matrices, double alpha, int64_t blocks, const Make& make,
-           int invalid = 0) {
-  using Bits = typename T::Bits;
-  std::vector<std::vector<Bits>> storage;
-  std::vector<Values> table;
+// A batch on its way through all kernels.
+template <class T>
+std::vector<Result> run(const std::vector<Values>& matrices, double alpha, int64_t blocks) {
+  std::vector<Values> table = matrices;
   int64_t chunks = 0;
-  for (const Matrix& matrix : matrices) {
-    storage.emplace_back(matrix.offset + matrix.size + 8, static_cast<Bits>(0xFFFFFFFFu));  // NaN before and behind
-    for (int64_t i = 0; i < matrix.size; ++i) storage.back()[matrix.offset + i] = make(i);
-    table.push_back({storage.back().data() + matrix.offset, matrix.size, chunks, matrix.count});
-    chunks += (matrix.size + kChunk - 1) / kChunk;
+  for (Values& values : table) {
+    values.first_chunk = chunks;
+    chunks += (values.size + kChunk - 1) / kChunk;
   }
   table.push_back({nullptr, 0, chunks, 0});
   const auto number = static_cast<int64_t>(matrices.size());
@@ -81,21 +76,53 @@ void check(const char* what, const std::vector<Matrix>& matrices, double alpha, 
   launch(digit_cuts_kernel, number, kThreads, batch);
   launch(pass_kernel<T, TailPass>, blocks, kThreads, batch);
   launch(finish_kernel, number, kThreads, batch, trace.data(), topk_mean.data(), effective_rank.data());
-  for (int64_t m = 0; m < number; ++m) {
-    const std::vector<Bits> values(storage[m].begin() + matrices[m].offset,
-                                   storage[m].begin() + matrices[m].offset + matrices[m].size);
+  std::vector<Result> results;
+  for (int64_t m = 0; m < number; ++m) results.push_back({trace[m], topk_mean[m], effective_rank[m]});
+  return results;
+}
+
+bool same(const Result& got, const Result& want) {
+  const auto equal = [](double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); };
+  return equal(got.trace, want.trace) && equal(got.topk_mean, want.topk_mean) &&
+         got.effective_rank == want.effective_rank;
+}
+
+void expect(const char* what, int64_t size, const Result& got, const Result& want) {
+  if (same(got, want)) return;
+  std::printf("%s, %ld values: got %.17g %.17g %ld, want %.17g %.17g %ld\n", what, static_cast<long>(size), got.trace,
+              got.topk_mean, static_cast<long>(got.effective_rank), want.trace, want.topk_mean,
+              static_cast<long>(want.effective_rank));
+  std::exit(1);
+}
+
+// Values whose metrics are known.
+void known(const char* what, const std::vector<float>& values, int64_t count, double alpha, const Result& want) {
+  const auto size = static_cast<int64_t>(values.size());
+  expect(what, size, run<FloatValues>({{values.data(), size, 0, count}}, alpha, 1)[0], want);
+}
+
+// Matrices of T in one batch; each value is what `make` gives, as bits.
+template <class T, class Make>
+void check(const char* what, const std::vector<Matrix>& matrices, double alpha, int64_t blocks, const Make& make,
+           int invalid = 0) {
+  using Bits = typename T::Bits;
+  std::vector<std::vector<Bits>> storage;
+  std::vector<Values> table;
+  for (const Matrix& matrix : matrices) {
+    storage.emplace_back(matrix.offset + matrix.size + 8, static_cast<Bits>(0xFFFFFFFFu));  // NaN before and behind
+    for (int64_t i = 0; i < matrix.size; ++i) storage.back()[matrix.offset + i] = make(i);
+    table.push_back({storage.back().data() + matrix.offset, matrix.size, 0, matrix.count});
+  }
+  const std::vector<Result> results = run<T>(table, alpha, blocks);
+  for (size_t m = 0; m < matrices.size(); ++m) {
+    const auto first = storage[m].begin() + matrices[m].offset;
+    const std::vector<Bits> values(first, first + matrices[m].size);
     Result want{0, 0, 0};
-    if (invalid != 0 && !values.empty()) {
-      if (std::isnan(trace[m]) && std::isnan(topk_mean[m]) && effective_rank[m] == invalid) continue;
+    if (invalid != 0 && !values.empty())
       want = {NAN, NAN, invalid};
-    } else {
-      if (!values.empty()) want = sorted_metrics<T>(values, matrices[m].count, alpha);
-      if (trace[m] == want.trace && topk_mean[m] == want.topk_mean && effective_rank[m] == want.effective_rank) continue;
-    }
-    std::printf("%s, matrix %ld of %ld values: got %.17g %.17g %ld, want %.17g %.17g %ld\n", what, static_cast<long>(m),
-                static_cast<long>(matrices[m].size), trace[m], topk_mean[m], static_cast<long>(effective_rank[m]),
-                want.trace, want.topk_mean, static_cast<long>(want.effective_rank));
-    std::exit(1);
+    else if (!values.empty())
+      want = sorted_metrics<T>(values, matrices[m].count, alpha);
+    expect(what, matrices[m].size, results[m], want);
   }
 }
 
@@ -157,5 +184,17 @@ int main() {
     return sensilora::HalfBits::round(i % 5 == 0 ? 3e-7f : std::min(skewed(), 6e4f));
   });
   check<HalfValues>("infinite float16", {{100, 40, 0}}, 1.0, 2, [](int64_t i) { return uint16_t(i == 77 ? 0x7C00 : 1); }, -1);
+
+  // The trace rounds to 2^120, which no values reach: all of them are needed.
+  std::vector<float> powers;
+  for (int e = -140; e < 120; ++e) powers.push_back(std::ldexp(1.0f, e));
+  known("powers", powers, 1, 0.85, {std::ldexp(1, 120), std::ldexp(1, 119), 3});
+  known("all powers", powers, 260, 1.0, {std::ldexp(1, 120), std::ldexp(1, 120) / 260, 260});
+  known("huge and tiny", {1e-40f, 3e38f, 1e-40f}, 1, 1.0, {3e38f, 3e38f, 1});
+  known("largest", std::vector<float>(40, 3.4028234663852886e38f), 20, 0.5,
+        {40 * 3.4028234663852886e38, 3.4028234663852886e38, 20});
+  const float least = std::ldexp(1.0f, -149);
+  known("subnormal", {3 * least, least, 0, 2 * least, -0.0f}, 2, 0.5, {std::ldexp(6, -149), std::ldexp(2.5, -149), 1});
+  known("least share", {3 * least, least, 0, 2 * least}, 4, 1e-320, {std::ldexp(6, -149), std::ldexp(1.5, -149), 1});
   std::puts("passed");
 }
