@@ -51,6 +51,8 @@ def _ratio_table(rows: list[Row]) -> list[str]:
         )
         lines.append(f"| {' | '.join(cells)} |")
     for row in rows:
+        if "tbps" in row:
+            lines += ["", f"Bandwidth of `{row['id']}`: {row['tbps']:.3g} TB/s."]
         if "peak_gib" in row:
             peaks = ", ".join(f"{arm} {gib:.1f}" for arm, gib in row["peak_gib"].items())
             lines += ["", f"Peak memory of `{row['id']}`, GiB: {peaks}."]

@@ -54,6 +54,7 @@ def test_the_bandwidth_is_recorded_where_it_is_the_point(dtype):
     row = harness.run(bench_hutchinson._case("cpu", 5000, dtype), "cpu", None)
     assert row["error"] == 0
     assert row["tbps"] * row["ours_ms"] * 1e9 == pytest.approx(5000 * (8 + dtype.itemsize))
+    assert f"Bandwidth of `a`: {row['tbps']:.3g} TB/s." in report.table([{"id": "a", **row}])
 
 
 def test_rows_cover_what_is_promised():

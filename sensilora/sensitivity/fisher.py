@@ -35,7 +35,7 @@ from sensilora.sensitivity.losses import Likelihood, likelihood
 LossFunction = Callable[[Any, dict[str, Any]], Tensor]
 
 # Powers of two, undone exactly: gradients of fp16 models would otherwise underflow.
-FP16_LOSS_SCALE = 2.0**10
+_FP16_LOSS_SCALE = 2.0**10
 
 
 class _Probe(torch.autograd.Function):
@@ -108,7 +108,7 @@ class FisherEstimator(Estimator):
         self.mode, self.labels, self.draws, self.seed = mode, labels, draws, seed
         self.loss_fn, self.shift_labels = loss_fn, shift_labels
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-        self._scale = FP16_LOSS_SCALE if half else 1.0
+        self._scale = _FP16_LOSS_SCALE if half else 1.0
         self._double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
         self._anchor = torch.zeros((), requires_grad=True)
         self._counting = False

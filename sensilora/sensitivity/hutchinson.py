@@ -23,10 +23,14 @@ from sensilora.ops._backend import accumulator_dtype
 from sensilora.sensitivity.batches import Batch
 from sensilora.sensitivity.capture import Forward, Matrix, first_argument, raise_non_finite, rows_of
 from sensilora.sensitivity.estimator import Estimator
-from sensilora.sensitivity.fisher import FP16_LOSS_SCALE, LossFunction, own_loss, require_labels
+from sensilora.sensitivity.fisher import LossFunction, own_loss, require_labels
 from sensilora.sensitivity.losses import likelihood
 from sensilora.sensitivity.report import HessianProduct, ProbeStatistics
 from sensilora.targets import is_conv1d
+
+# A power of two, undone exactly, against underflow in fp16 models. A product with z is the sum of a whole row of the
+# Hessian, so it comes nearer to overflow than the gradients that Fisher scales by more.
+_FP16_LOSS_SCALE = 2.0**5
 
 # What autograd says where it cannot go on, and this package's own ops.
 _NO_SECOND_DERIVATIVE = ("derivative for", "no autograd formula", "differentiated twice")
@@ -66,7 +70,7 @@ class HutchinsonEstimator(Estimator):
                 "attn_implementation='sdpa' or 'eager', or use hvp='central_differences'"
             )
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-        self._scale = FP16_LOSS_SCALE if half else 1.0
+        self._scale = _FP16_LOSS_SCALE if half else 1.0
         self._places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         self._kept: list[Batch] = []
 

@@ -322,6 +322,7 @@ def test_a_loss_in_proportion_to_the_weight_has_a_hessian_of_zero():
     assert report["0"].trace == 0
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_gradient_checkpointing():
     plain, checkpointed = Net().double(), Net(use_reentrant=False).double()
     checkpointed.load_state_dict(plain.state_dict())
@@ -454,18 +455,25 @@ def test_central_differences_agree_with_double_backward_in_fp32(make):
     assert float(error / torch.cat([value.flatten() for value in exact.values()]).norm()) <= 5e-5
 
 
-@both_products
-def test_bf16_weights_are_summed_in_fp32(hvp):
+@pytest.mark.parametrize(
+    ("hvp", "dtype", "tolerance"),
+    [
+        ("double_backward", torch.bfloat16, 0.03),
+        ("double_backward", torch.float16, 0.004),
+        ("central_differences", torch.bfloat16, 0.08),
+        ("central_differences", torch.float16, 0.03),
+    ],
+)
+def test_products_of_half_precision_weights_are_summed_in_fp32(hvp, dtype, tolerance):
     torch.manual_seed(0)
-    model = bert().bfloat16()
+    model = bert().to(dtype)
     batch = token_batch(model)
-    report, found = diagonals(model, [batch], **FIXED, hvp=hvp)
+    _, found = diagonals(model, [batch], **FIXED, hvp=hvp)
     _, exact = diagonals(model.float(), [batch], **FIXED)
-    for name in report:
-        assert found[name].dtype == torch.float32
-        assert float((found[name] - exact[name]).norm() / exact[name].norm()) < 0.3
-    errors = sorted(float((found[name] - exact[name]).norm() / exact[name].norm()) for name in report)
-    assert errors[len(errors) // 2] < 0.1
+    assert all(diagonal.dtype == torch.float32 for diagonal in found.values())
+    errors = [float((found[name] - exact[name]).norm() / exact[name].norm()) for name in exact]
+    assert statistics.median(errors) < tolerance
+    assert max(errors) < 3 * tolerance
 
 
 # ---------------------------------------------------------------------------------------------- bad input
