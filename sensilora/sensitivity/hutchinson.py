@@ -84,8 +84,10 @@ class HutchinsonEstimator(Estimator):
                         f"module {name!r} runs with gradients disabled, so no Hessian can be taken: use "
                         "use_reentrant=False for gradient checkpointing, or leave the module out of targets"
                     )
+                x = first_argument(args, kwargs)
                 matrix.calls += 1
-                matrix.tokens += rows_of(self.batch, name, first_argument(args, kwargs)).count
+                # Rows need not be told apart by sequence, only from padding.
+                matrix.tokens += rows_of(self.batch, name, x).count if self.batch.padded else x.shape[:-1].numel()
             return forward(*args, **kwargs)
 
         return watched

@@ -267,6 +267,43 @@ def test_tied_weights_are_one_matrix():
     assert alone["blocks.1.up"].trace == report["blocks.0.up"].trace
 
 
+def test_a_weight_that_is_also_an_embedding():
+    """The Hessian is of the loss in the parameter, wherever it is used."""
+    model = gpt2()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    batch = token_batch(model)
+    report, found = diagonals(model, [batch], **FIXED, targets=["lm_head"])
+    expected = expected_of(model, model_loss(model, batch), "lm_head", 6).clamp(min=0)
+    assert_close(found, {"lm_head": expected}, rtol=1e-6)
+    assert report["lm_head"].shape == (20, 8)
+
+
+@pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)`:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_transformers_checkpointing_is_idle_in_eval_mode(use_reentrant):
+    model = llama()
+    batch = token_batch(model)
+    expected = calibrate(model, [batch], **FIXED)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert calibrate(model.train(), [batch], **FIXED).matrices == expected.matrices
+    assert model.is_gradient_checkpointing
+
+
+def test_rows_need_not_belong_to_sequences():
+    """Fisher has to tell sequences apart; the Hessian of their sum does not."""
+
+    class Mixed(Net):
+        def forward(self, input_ids):
+            hidden = self.embed(input_ids).transpose(0, 1)[:2]
+            return self.classifier(self.blocks[0].down(self.blocks[0].up(hidden)).mean(0))
+
+    model, batch = Mixed(), {"input_ids": torch.cat(sequences(5, 5, 5)), "labels": torch.tensor([0, 1, 2])}
+    with pytest.raises(CalibrationError, match="cannot be attributed"):
+        calibrate(model, [batch], estimator="fisher", targets=["blocks.0.up", "blocks.0.down"])
+    report = calibrate(model, [batch], **FIXED, targets=["blocks.0.up", "blocks.0.down"])
+    assert report["blocks.0.up"].tokens == 6
+
+
 def test_a_loss_of_the_callers_own():
     model = Net().double()
     report, found = diagonals(model, batches_of(), **FIXED, loss_fn=lambda out, batch: (out**4).sum())
