@@ -1,10 +1,12 @@
-"""Calibration of a whole model on a GPU: Llama-3.1-8B's shape with random bf16 weights, seven projections a layer.
+"""Calibration of a whole model, on a GPU Llama-3.1-8B's shape with random bf16 weights, seven projections a layer.
 
 - activation: one batch (16 sequences of 512 tokens) observed, against the plain forward pass. The plain pass computes
   all logits; ours asks for those of one position, since no target reads them.
 - fisher: one batch observed (forward, backward, squared gradients), against forward and backward with frozen weights.
 - calibrate_piqa2000: `calibrate` and `allocate`, that is all but loading the model, over 2,000 sequences of PIQA; the
   baseline is the plain forward passes over the same batches. ours_ms / 1000 are the seconds that the paper reports.
+- cpu/minilm/fisher: a classifier of MiniLM's shape (6 layers, 384 wide, random fp32 weights), one batch of 16 padded
+  sequences observed, against a loop that takes each sequence's gradients and squares them.
 
 PIQA is read from the file that SENSILORA_PIQA names (its own jsonl, also gzipped, or text with a sequence a line),
 else from shared/data/piqa in the checkout or beside it. There is no tokenizer: words are cut into pieces of up to six
@@ -35,6 +37,7 @@ from sensilora.sensitivity.batches import Batch
 from sensilora.sensitivity.capture import Matrix, group_tied, wrapped_forwards
 from sensilora.sensitivity.estimator import Estimator
 from sensilora.sensitivity.fisher import FisherEstimator
+from sensilora.targets import find_targets
 
 SEQUENCES, LENGTH = 16, 512
 PIQA_SEQUENCES = 2000
@@ -48,7 +51,7 @@ Inputs = dict[str, Tensor]
 
 def cases(device: str) -> Cases:
     if device == "cpu":
-        return {}
+        return {"cpu/minilm/fisher": _minilm_case}
     return {
         "model/llama8b/activation": partial(_activation_case, device, LLAMA_8B, SEQUENCES, LENGTH, "diagonal"),
         "model/llama8b/activation_inverse": partial(_activation_case, device, LLAMA_8B, SEQUENCES, LENGTH, "inverse"),
@@ -224,6 +227,49 @@ def _fisher_errors(device: str, shape: dict[str, Any]) -> tuple[list[float], lis
     oracle = _loop(model.double(), ids)
     ours = [relative_error(_filled(matrices[name]), found) for name, found in oracle.items()]
     return ours, [relative_error(plain[name], found) for name, found in oracle.items()]
+
+
+MINILM_LENGTHS = (64, 17, 30, 45, 8, 64, 52, 21, 38, 12, 60, 27, 33, 49, 19, 41)
+
+
+def _minilm_case() -> Case:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3)).eval().requires_grad_(False)
+    lengths = torch.tensor(MINILM_LENGTHS)
+    inputs = {
+        "input_ids": torch.randint(1, 30000, (len(lengths), int(lengths.max()))),
+        "attention_mask": (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long(),
+    }
+    labels = torch.randint(3, (len(lengths),))
+    modules = find_targets(model)
+
+    def ours() -> dict[str, Tensor]:
+        matrices = group_tied(modules)
+        estimator = _fisher(model, modules, matrices)
+        with wrapped_forwards(modules, estimator.wrap):
+            estimator.observe(Batch({**inputs, "labels": labels}, model))
+        return {name: _filled(matrix) for name, matrix in matrices.items()}
+
+    def loop() -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        weights = {name: module.weight.requires_grad_() for name, module in modules.items()}
+        for n, length in enumerate(MINILM_LENGTHS):
+            own = {name: value[n : n + 1, :length] for name, value in inputs.items()}
+            loss = nn.functional.cross_entropy(model(**own).logits, labels[n : n + 1])
+            for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+                squares = gradient.square_()
+                total[name] = total[name].add_(squares) if name in total else squares
+        model.requires_grad_(False)
+        return total
+
+    def errors() -> list[float]:
+        got, expected = ours(), loop()
+        return [relative_error(got[name], expected[name]) for name in expected]
+
+    # The loop is fp32 itself, and so are the gradients of both.
+    return Case(ours=ours, baseline=loop, errors=errors, tolerance=1e-4)
 
 
 # --- all of it, over real text
