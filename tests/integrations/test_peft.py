@@ -12,6 +12,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.tuners.lora import Linear
@@ -22,12 +23,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import sensilora.integrations.peft as integration
+from benchmarks import bench_peft
 from sensilora import RankPlan
 from sensilora.errors import AdapterError
 from sensilora.integrations.peft import FusedLinear, fuse, unfuse, use_fused
 from sensilora.ops._dropout import keep_scale, threshold
 from sensilora.targets import find_targets, matrix_shape
 from tests.tolerances import relative_error
+
+# Before, transformers refuses PEFT, and PEFT's own layers recompile after a hotswap.
+since_020 = pytest.mark.skipif(Version(peft.__version__) < Version("0.20"), reason="needs PEFT 0.20")
 
 VOCABULARY = 24
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
@@ -284,6 +289,7 @@ class TestUseFused:
         ranks = {name: m.r["default"] for name, m in model.base_model.model.named_modules() if type(m) is FusedLinear}
         assert ranks == {name: rank for name, rank in plan.ranks.items() if rank}
 
+    @since_020
     def test_transformers_own_adapters(self):
         model = llama()
         model.add_adapter(use_fused(config()))
@@ -802,6 +808,7 @@ class TestTorch:
         got = {name.removeprefix("_orig_mod."): value for name, value in step(compiled).items()}
         assert_same(got, expected)
 
+    @since_020
     def test_hotswapping_compiles_once(self, tmp_path):
         _, fused = pair()
         other = randomised(get_peft_model(llama(), config(r=3, lora_alpha=2)))
@@ -842,3 +849,21 @@ class TestTorch:
         del base._parameters["weight"]
         base.weight = weight.detach().clone()
         torch.testing.assert_close(fused(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_the_benchmark_is_right_at_a_small_size(p):
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 50,
+    }
+    case = bench_peft._case("cpu", shape, 2, 8, p)
+    assert max(case.errors()) <= case.tolerance
+    assert max(case.eager_errors()) <= case.tolerance
+    for arm in (case.ours, case.baseline, *case.peers.values()):
+        assert torch.isfinite(arm())
