@@ -129,14 +129,16 @@ class Sweep:
     checkpoint: Checkpoint | None = None
     writer: DiagonalWriter | None = None
     head: Mapping[str, Tensor] = field(default_factory=dict)
-    measured: dict[str, MatrixSensitivity] = field(default_factory=dict)
-    done: int = 0
-    current: int = 0
-    digests: list[str] = field(default_factory=list)
-    rng: Tensor = field(default_factory=torch.get_rng_state)
-    _rng_now: Tensor | None = None
-    _whole: bool = True
-    _interruption: _Interruption = field(default_factory=lambda: _Interruption())
+    measured: dict[str, MatrixSensitivity] = field(init=False, default_factory=dict)
+    done: int = field(init=False, default=0)
+    current: int = field(init=False, default=0)
+    digests: list[str] = field(init=False, default_factory=list)
+    rng: Tensor = field(init=False, default_factory=torch.get_rng_state)
+    # The generator's state after the batches that are done, for models that draw random numbers themselves.
+    _rng_now: Tensor | None = field(init=False, default=None)
+    # Whether the sums hold whole batches and nothing else.
+    _whole: bool = field(init=False, default=True)
+    _interruption: _Interruption = field(init=False, default_factory=lambda: _Interruption())
 
     def run(self) -> None:
         """Go through all passes.

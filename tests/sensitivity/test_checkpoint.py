@@ -19,6 +19,7 @@ from sensilora.errors import CalibrationError, NonFiniteError
 from sensilora.sensitivity import Diagonals, calibrate, head
 from sensilora.sensitivity.checkpoint import STATE_FILE, Checkpoint, digest, identity
 from tests.sensitivity.oracles import Net, classification_batch, sequences
+from tests.sensitivity.test_calibrate import assert_unchanged, model_with_a_past, state
 
 REPOSITORY = Path(__file__).parents[2]
 LABELS = [0, 2, 1, 2, 0, 1]
@@ -332,6 +333,28 @@ def test_hutchinson_keeps_the_matrices_that_are_done(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- what is left behind
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("action", [fail, interrupt])
+@every_estimator
+def test_the_model_is_as_it_was(tmp_path, arguments, action):
+    """After what stops a run, and after the run that goes on from there."""
+    model, calls = model_with_a_past(), []
+
+    def stop_once(*_):
+        calls.append(1)
+        if len(calls) == 4:
+            action()
+
+    model.embed.register_forward_hook(stop_once)
+    before = state(model)
+    places = {"checkpoint": tmp_path / "state", "checkpoint_every": 1, "keep_diagonals": tmp_path / "kept"}
+    with pytest.raises((RuntimeError, KeyboardInterrupt)):
+        calibrate(model, data(), **arguments, **places, progress=False)
+    assert_unchanged(before, state(model))
+    calibrate(model, data(), **arguments, **places, progress=False)
+    assert_unchanged(before, state(model))
 
 
 def test_nothing_is_left_but_what_was_there(tmp_path):
