@@ -73,22 +73,35 @@ class HutchinsonEstimator(Estimator):
         self._scale = _FP16_LOSS_SCALE if half else 1.0
         self._places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         self._kept: list[Batch] = []
+        self._probed: tuple[Matrix, Batch] | None = None
 
     def wrap(self, name: str, module: nn.Module, forward: Forward) -> Forward:
         matrix = self.matrices[name]
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            x = first_argument(args, kwargs)
             if self.batch is not None and matrix.active:
                 if not torch.is_grad_enabled():
                     raise CalibrationError(
                         f"module {name!r} runs with gradients disabled, so no Hessian can be taken: use "
                         "use_reentrant=False for gradient checkpointing, or leave the module out of targets"
                     )
-                x = first_argument(args, kwargs)
                 matrix.calls += 1
                 # Rows need not be told apart by sequence, only from padding.
                 matrix.tokens += rows_of(self.batch, name, x).count if self.batch.padded else x.shape[:-1].numel()
-            return forward(*args, **kwargs)
+            mask = None
+            if self._probed is not None and self._probed[0] is matrix and self._probed[1].padded:
+                mask = rows_of(self._probed[1], name, x).mask
+            if mask is None:
+                return forward(*args, **kwargs)
+            # Rows of padding keep their values, which do not depend on the weight here, whatever they hold: in a
+            # gradient, NaN times 0 would be NaN.
+            mask = mask.view(*x.shape[:-1], 1)
+            with torch.no_grad():
+                padding = forward(*args, **kwargs)
+            x = x.masked_fill(~mask, 0.0)
+            counted = forward(x, *args[1:], **kwargs) if args else forward(**kwargs | {next(iter(kwargs)): x})
+            return torch.where(mask, counted, padding)
 
         return watched
 
@@ -187,6 +200,7 @@ class HutchinsonEstimator(Estimator):
                 "hvp='central_differences', or attn_implementation='eager' for attention"
             ) from error
         finally:
+            self._probed = None
             weight.requires_grad_(False)
 
     def _round(self, matrix: Matrix, weight: nn.Parameter, probes: range, halves: list[Tensor]) -> list[float]:
@@ -195,6 +209,7 @@ class HutchinsonEstimator(Estimator):
         place = self._places[id(weight)]
         traces = torch.zeros(len(probes), dtype=torch.float64, device=weight.device)
         for batch in self._kept:
+            self._probed = (matrix, batch)
             offsets = [place << 32 | probe for probe in probes]
             for index, (z, hz) in enumerate(products(weight, batch, offsets)):
                 hutchinson_accumulate(hz, halves[probes[index] % 2], seed=self.seed, offset=offsets[index])

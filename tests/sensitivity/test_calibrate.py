@@ -21,6 +21,7 @@ ESTIMATORS = (
     {"estimator": "fisher"},
     {"estimator": "fisher", "mode": "per_position"},
     {"estimator": "fisher", "labels": "model", "draws": 2},
+    {"estimator": "hutchinson", "probes": 2, "min_probes": 2},
 )
 every_estimator = pytest.mark.parametrize(
     "arguments", ESTIMATORS, ids=lambda options: "-".join(map(str, options.values()))
@@ -190,7 +191,7 @@ def test_the_model_is_as_it_was(arguments):
 @pytest.mark.parametrize(
     ("place", "arguments"),
     [(place, arguments) for place in ("data", "forward") for arguments in ESTIMATORS]
-    + [("backward", arguments) for arguments in ESTIMATORS if arguments["estimator"] == "fisher"],
+    + [("backward", arguments) for arguments in ESTIMATORS if arguments["estimator"] != "activation"],
 )
 def test_the_model_is_as_it_was_after_an_exception(arguments, error, place):
     model = model_with_a_past()
