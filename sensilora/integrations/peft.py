@@ -31,6 +31,7 @@ from sensilora.plan import RankPlan
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_KEYWORDS = frozenset({"adapter_names", *VARIANT_KWARG_KEYS})
 _FROM_THE_PLAN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
 
 
@@ -115,7 +116,8 @@ def _fused_layer(registered: LoraConfig, target: nn.Module, adapter_name: str, *
         return None
     # Before 0.19 the config is not passed.
     layer = dispatch_default(target, adapter_name, kwargs.pop("config", registered), **kwargs)
-    if type(layer) is Linear:
+    # Its base may be another method's layer over the plain one.
+    if _why_not_layer(layer) is None:
         layer.__class__ = FusedLinear
     return layer
 
@@ -199,7 +201,7 @@ class FusedLinear(Linear):
         weight: Any = self.base_layer.weight
         return (
             not args
-            and kwargs.keys() <= {"adapter_names", *VARIANT_KWARG_KEYS}
+            and kwargs.keys() <= _KEYWORDS
             and x.device == weight.device
             and (x.dtype == weight.dtype or autocast_dtype(x.device) is not None)
         )

@@ -190,7 +190,7 @@ class TestFuse:
         assert expected.keys() == got.keys() == oracle.keys()
         for name in oracle:
             assert got[name].dtype == expected[name].dtype
-            floor = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+            floor = 5e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
             limit = 1.5 * relative_error(expected[name], oracle[name]) + floor
             assert relative_error(got[name], oracle[name]) <= limit, name
 
@@ -239,16 +239,19 @@ class TestFuse:
         torch.testing.assert_close(logits(fuse(model)), expected)
         assert len(fused_layers(model)) == 6
 
-    def test_a_layer_that_is_wrapped_by_another_method(self, counted):
+    @pytest.mark.parametrize("used", [False, True])
+    def test_over_another_methods_layers(self, used):
         """The base of a LoRA layer may itself be an adapter layer, which the ops would leave out."""
-        model = peft.get_peft_model(llama(), config(), mixed=True)
-        model.add_adapter("loha", peft.LoHaConfig(r=2, target_modules=TARGETS["llama"], init_weights=False))
-        model.add_adapter("upper", config())
-        model.set_adapter(["loha", "upper"])
-        expected = logits(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fuse(model)
+        loha = peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"], init_weights=False)
+        model = get_peft_model(llama(), loha, adapter_name="loha", mixed=True)
+        model.add_adapter("lora", use_fused(config()) if used else config())
+        model.set_adapter(["loha", "lora"])
+        randomised(model)
+        expected = logits(unfuse(copy.deepcopy(model)))
+        if not used:
+            with pytest.warns(UserWarning, match=r"left 4 of 6 LoRA layers .*loha.*, not a plain nn\.Linear"):
+                fuse(model)
+        assert len(fused_layers(model)) == 2
         torch.testing.assert_close(logits(model), expected)
 
     def test_says_what_it_leaves_to_peft(self):
@@ -449,7 +452,7 @@ class TestLayer:
             assert abs(float(y.double().mean()) - scale) < 5 * scale * deviation / (1 - p)
             assert torch.equal(layer.eval()(x), scale * x)
         fused = layers[1].train()
-        assert fused(x).unique().tolist() == pytest.approx([0.0, scale * keep_scale(p)])
+        assert fused(x).unique().tolist() == pytest.approx([0.0, scale * keep_scale(p)], rel=1e-5)
         assert threshold(p) / 65536 == pytest.approx(p, abs=1e-5)
 
     def test_dropout_of_one_seed_repeats(self):
@@ -503,7 +506,7 @@ class TestLayer:
         x = torch.randn(4, 8)
         expected = fused(x)
         for module in (fused, fused.base_layer, fused.lora_A["default"], fused.lora_B["default"]):
-            add_hook_to_module(module, AlignDevicesHook(execution_device=0 if x.is_cuda else "cpu"))
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
         torch.testing.assert_close(fused(x), expected)
         assert counted["lora_linear"] == 2
 
