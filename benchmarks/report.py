@@ -90,7 +90,7 @@ _STYLES = {
 }
 LAYER = r"lora_linear/\d+x\d+/r16/p[\d.]+$|lora_group/"
 RANK = r"lora_linear/4096x4096/r\d+/p0$"
-MODEL = r"model/"
+MODEL = r"model/[^/]+/avg"
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -163,7 +163,7 @@ def plot_layer(rows: list[Row]) -> tuple[Figure, str]:
     axes.grid(axis="x", color="0.9")
     axes.grid(axis="y", color="0.95")
     _clean(axes)
-    figure.legend(loc="outside upper left", ncols=7, frameon=False, fontsize=9, handletextpad=0.2, columnspacing=1.2)
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9, handletextpad=0.2, columnspacing=1.2)
     return figure, f"Dot plot of {len(rows)} cases, time as a multiple of the frozen layer's: {_ranges(rows)}."
 
 

@@ -171,7 +171,7 @@ def results(tmp_path, monkeypatch):
         row("lora_linear/4096x4096/r16/p0", 1.1, eager=1.3),
         row("lora_linear/4096x4096/r6/p0", 1.2, eager=1.5),
         row("lora_group/qkv_64/r6_11/p0.05", 1.05, eager=1.8),
-        row("model/m/p0", 1.06, **{"PEFT, rank 8": 1.15})
+        row("model/m/avg8/p0", 1.06, **{"PEFT, rank 8": 1.15})
         | {"peak_gib": {"ours": 66.0, "baseline": 61.0, "PEFT, rank 8": 72.0}},
         {"id": "fuzz/lora_linear", "cases": 10, "failures": 0, "seeds": [0], "gpu": "g"},
     ]
