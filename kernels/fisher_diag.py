@@ -259,7 +259,11 @@ def _steps(lengths: tuple[int, ...], block_k: int, splits: int, device: torch.de
     # Two entries more, which are fetched and not used.
     table, counts = torch.nn.functional.pad(table, (0, 0, 0, 1)), torch.nn.functional.pad(counts, (0, 2))
     both = torch.stack([starts, first_sequence], dim=1)
-    return tuple(t.to(torch.int32).contiguous().to(device) for t in (table, counts, both, starts))
+    found = [t.to(torch.int32).contiguous() for t in (table, counts, both, starts)]
+    if device.type == "cuda":
+        # From pinned memory, so that nothing waits for what the device has still to do.
+        found = [t.pin_memory().to(device, non_blocking=True) for t in found]
+    return tuple(found)
 
 
 def _cdiv(a: int, b: int) -> int:

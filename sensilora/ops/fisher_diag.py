@@ -136,7 +136,8 @@ def _native(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, ou
 def _triton(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, out: Tensor, accumulate: bool) -> None:
     from sensilora.kernels.fisher_diag import launch_fisher_diag
 
-    launch_fisher_diag(x, grad_output, lengths, convention, out, accumulate)
+    with torch.cuda.device_of(x):
+        launch_fisher_diag(x, grad_output, lengths, convention, out, accumulate)
 
 
 _backend.register(

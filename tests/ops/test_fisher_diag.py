@@ -74,27 +74,42 @@ def test_sums_of_one_sign_are_not_cut_off(on_backend, device, mode, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", CONVENTIONS)
-def test_nothing_waits_for_the_device(mode):
-    x, g = torch.randn(9, 40, device="cuda"), torch.randn(9, 24, device="cuda")
-    out, lengths = torch.zeros(24, 40, device="cuda"), torch.tensor([4, 0, 5])
-    with use_backend("native"):
-        fisher_diag(x, g, mode=mode, lengths=lengths, out=out)
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_nothing_waits_for_the_device(name, mode):
+    x, g = torch.randn(30, 40, device="cuda"), torch.randn(30, 24, device="cuda")
+    out, orders = torch.zeros(24, 40, device="cuda"), [[4, 0, 26], [7, 21, 2]]
+    with use_backend(name):
+        fisher_diag(x, g, mode=mode, lengths=orders[0], out=out)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            fisher_diag(x, g, mode=mode, lengths=lengths, out=out)
+            # Lengths that were not seen before have to be told to the device.
+            fisher_diag(x, g, mode=mode, lengths=orders[1], out=out)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert relative_error(out, 2 * oracle(x, g, mode, [4, 0, 5])) <= 1e-5
+    assert relative_error(out, sum(oracle(x, g, mode, lengths) for lengths in orders)) <= 1e-5
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", CONVENTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_repeats_bit_for_bit(mode, dtype):
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_repeats_bit_for_bit(name, mode, dtype):
     x, g = (torch.randn(8, 65, 128, device="cuda", dtype=dtype) for _ in range(2))
-    with use_backend("native"):
+    with use_backend(name):
         first, second = (fisher_diag(x, g, mode=mode) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_second_gpu(name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    x, g = (torch.randn(130, 136, device="cuda:1", dtype=torch.bfloat16) for _ in range(2))
+    with use_backend(name):
+        got = fisher_diag(x, g, lengths=[64, 66])
+    assert got.device == torch.device("cuda:1")
+    assert relative_error(got, oracle(x, g, "per_sequence", [64, 66])) <= 1e-5
 
 
 def test_is_the_squared_gradient_of_each_sequence():
