@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import sensilora
+import sensilora.integrations.peft
 import sensilora.nn
 import sensilora.ops
 import sensilora.plots
@@ -33,6 +34,9 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
                    "adapter_ids", "adapter_names", "adapter_parameters", "set_requires_grad")]
      + [(f"sensilora.nn.{name}", getattr(sensilora.nn, name))
         for name in ("MultiLoRALinear", "LoRAAdapter", "AdapterRouting")]),
+    ("PEFT", "Needs peft: `pip install 'sensilora[peft]'`. How it is used: [With PEFT](peft.md).",
+     [(f"sensilora.integrations.peft.{name}", getattr(sensilora.integrations.peft, name))
+      for name in ("lora_config_from_plan", "use_fused", "fuse", "unfuse")]),
     ("Operations", "Each has a plain torch reference and faster backends; see the table in the README.",
      [(f"sensilora.ops.{name}", getattr(sensilora.ops, name))
       for name in ("autocorrelation_diag", "autocorrelation_blocks", "fisher_diag", "hutchinson_accumulate",
