@@ -1,17 +1,25 @@
-"""transformers: loading models and tokenizers, batches from rows of text, training with its Trainer, evaluation."""
+"""transformers: loading models and tokenizers, batches from rows of text, training with its Trainer, evaluation.
+
+`SensitivityCallback` measures during training whether the order that ranks were allotted by still holds.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
+import random
+import re
+import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -31,9 +39,13 @@ from transformers.utils import logging as transformers_logging
 
 from sensilora.adapters import task_type
 from sensilora.data import Row
-from sensilora.errors import DataError, ModelError, NonFiniteError
+from sensilora.errors import CalibrationError, DataError, ModelError, NonFiniteError, ReportError, TargetError
+from sensilora.nn import MultiLoRALinear, VarRankLoRALinear
+from sensilora.plan import RankPlan
+from sensilora.sensitivity import MatrixSensitivity, SensitivityReport, calibrate
 from sensilora.sensitivity.batches import IGNORED
-from sensilora.targets import first_non_finite_parameter, head_names
+from sensilora.sensitivity.capture import Forward, wrapped_forwards
+from sensilora.targets import find_targets, first_non_finite_parameter, head_names, is_matrix, matrix_shape, unwrapped
 
 Batch = dict[str, Tensor]
 
@@ -443,6 +455,250 @@ class _Progress(TrainerCallback):
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """What `SensitivityCallback` measured at the end of an epoch.
+
+    Attributes:
+        epoch, step: of training, as the Trainer counts them.
+        kendall_tau: Kendall's tau-b between the fused scores now and the reference's; None where it is undefined
+            (a single matrix, or equal scores for all).
+        seconds: what the measurement took, wall time.
+        report: the measurement, under the reference's names: ``reference.compare(drift.report)`` tells which matrices
+            moved, and by which score.
+    """
+
+    epoch: float
+    step: int
+    kendall_tau: float | None
+    seconds: float
+    report: SensitivityReport
+
+
+class SensitivityCallback(TrainerCallback):
+    """Logs after each epoch how far the order of the weight matrices' sensitivities has drifted from the plan's.
+
+    The model is calibrated as it is then, with the estimator and the settings of the reference, and compared by
+    `SensitivityReport.compare`; Kendall's tau of the fused scores is logged as ``sensitivity/kendall_tau`` (1: the
+    order is the plan's still; Sensitivity-LoRA, Table 6, finds 0.98 to 0.99), the time it took as
+    ``sensitivity/seconds``. The Trainer's ``log`` brings both to TensorBoard, W&B and ``state.log_history``. ::
+
+        trainer.add_callback(SensitivityCallback(plan, batches, trainer))
+
+    What is measured are the plan's matrices without their adapters, in a model that computes with them: by
+    "activation" the autocorrelation of the base layers' inputs, which earlier layers' adapters have changed; by
+    "fisher" and "hutchinson" derivatives of the adapted model's loss by the base weights. Adapters may be this
+    package's or PEFT's, fused or not, merged or not; without any, the trained weights themselves are measured.
+
+    Each time costs with "activation" one forward pass over `batches`, in the Trainer's mixed precision, without
+    gradients; with "fisher" a backward pass more for each draw of labels. Adapters are computed by torch meanwhile.
+
+    Weights, gradients, the optimiser and the random number generators (torch's, NumPy's, Python's) are afterwards as
+    they were, so that training goes on to the same weights, bit for bit, as without the callback. Gradient
+    checkpointing and a ``device_map`` may be on. Under DistributedDataParallel every process measures the same
+    batches by itself, without communication, and has the same `history`. Weights that are sharded (FSDP, DeepSpeed
+    ZeRO-3), offloaded or quantised cannot be measured.
+
+    Args:
+        reference: the plan, or the report that it was made from. A plan does not say with which ``variant`` of
+            "activation" it was measured, so where that is "inverse" give the report, as for "hutchinson".
+        batches: as for `sensilora.calibrate`; those of the plan's own calibration for a drift of the model alone.
+            They are read again each epoch; an iterator is read once and kept.
+        trainer: whose ``log`` is called.
+        options: further arguments of `sensilora.calibrate`, such as ``memory_budget`` or ``loss_fn``.
+
+    Attributes:
+        history: a `Drift` for each epoch so far.
+
+    Raises:
+        ReportError: `reference` is a plan without a calibration or made by "hutchinson", or neither plan nor report.
+        CalibrationError: `batches` is one batch or no iterable, or an option is one that the reference decides.
+        TargetError: when training begins, a matrix of the reference is not in the model or cannot be measured.
+    """
+
+    def __init__(
+        self,
+        reference: RankPlan | SensitivityReport,
+        batches: Iterable[Mapping[str, Any]],
+        trainer: Trainer,
+        **options: Any,
+    ) -> None:
+        if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+            raise CalibrationError(
+                f"batches is a {type(batches).__name__}; give an iterable of batches, for example [batch] or a "
+                "DataLoader"
+            )
+        self.reference = _report_of(reference) if isinstance(reference, RankPlan) else reference
+        if not isinstance(self.reference, SensitivityReport):
+            raise ReportError(f"reference is a {type(reference).__name__}; give a RankPlan or a SensitivityReport")
+        self.weights = reference.allocation.weights if isinstance(reference, RankPlan) else "cv"
+        settings = _settings(self.reference)
+        decided = [name for name in options if name in settings or name == "targets"]
+        if decided:
+            raise CalibrationError(f"{decided[0]} follows from the reference; leave it out or change the reference")
+        self.settings = {"progress": False, **options, **settings}
+        self.batches = list(batches) if isinstance(batches, Iterator) else batches
+        self.trainer = trainer
+        self.history: list[Drift] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Find the reference's matrices, so that a misfit is told before an epoch has passed."""
+        _names_here(_adapted_model(model), self.reference)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measure, log and remember."""
+        start = time.perf_counter()
+        report = self._measure(_adapted_model(model))
+        seconds = time.perf_counter() - start
+        tau = self.reference.compare(report, weights=self.weights).agreement["fused"].kendall
+        self.history.append(Drift(state.epoch, state.global_step, tau, seconds, report))
+        # The Trainer's own log of this step, if it is due, has yet to come; this one would count as it.
+        should_log = control.should_log
+        logged = {"sensitivity/kendall_tau": tau, "sensitivity/seconds": seconds}
+        self.trainer.log({name: value for name, value in logged.items() if value is not None})
+        control.should_log = should_log
+
+    def _measure(self, model: nn.Module) -> SensitivityReport:
+        names = _names_here(model, self.reference)
+        # An expression, since a list's entries would match the ends of other names too.
+        targets = "|".join(map(re.escape, names.values()))
+        with _host_generators_kept(), self.trainer.accelerator.autocast(), _calling_base_layers(model):
+            found = calibrate(model, self.batches, targets=targets, **self.settings)
+        plain = {there: name for name, there in names.items()}
+        return dataclasses.replace(
+            found,
+            # Its names and shapes were compared; other weights may differ, and PEFT's own names do.
+            fingerprint=self.reference.fingerprint,
+            matrices={
+                plain.get(name, name): dataclasses.replace(
+                    matrix, aliases=tuple(plain.get(alias, alias) for alias in matrix.aliases)
+                )
+                for name, matrix in found.matrices.items()
+            },
+        )
+
+
+def _report_of(plan: RankPlan) -> SensitivityReport:
+    """The report that a plan was made from, as far as the plan tells."""
+    made = plan.calibration
+    if made is None:
+        raise ReportError("the plan was made without a calibration, so it has no order to compare; give a report")
+    if made.estimator == "hutchinson":
+        raise ReportError("a plan does not hold the settings of 'hutchinson'; give the report it was made from")
+    return SensitivityReport(
+        estimator=made.estimator,  # type: ignore[arg-type]  # checked, as are the next two
+        mode=made.mode,  # type: ignore[arg-type]
+        labels=made.labels,  # type: ignore[arg-type]
+        draws=made.draws or 1,
+        seed=made.seed or 0,
+        tokens=made.tokens,
+        sequences=made.sequences,
+        k=made.k,
+        alpha=made.alpha,
+        model_id=plan.model_id,
+        fingerprint=plan.fingerprint,
+        versions=made.versions,
+        matrices={
+            name: MatrixSensitivity(
+                shape=entry.shape,
+                trace=entry.trace,
+                topk_mean=entry.topk_mean,
+                effective_rank=entry.effective_rank,
+                tokens=made.tokens,
+                calls=1,
+            )
+            for name, entry in plan.matrices.items()
+        },
+    )
+
+
+def _settings(report: SensitivityReport) -> dict[str, Any]:
+    """The arguments of `calibrate` that a report was measured with, as far as it records them."""
+    names = (
+        *("estimator", "variant", "block_size", "damping", "mode", "labels", "draws", "hvp", "probes", "min_probes"),
+        *("tolerance", "seed", "k", "alpha", "min_expert_tokens"),
+    )
+    recorded = {name: getattr(report, name) for name in names if getattr(report, name) is not None}
+    return {**recorded, "experts": report.min_expert_tokens is not None}
+
+
+def _adapted_model(model: Any) -> nn.Module:
+    """The model that holds the adapters, whose names are the plan's but for ``base_layer``."""
+    model = unwrapped(model)
+    while hasattr(model, "get_base_model"):  # PEFT's
+        model = unwrapped(model.get_base_model())
+    return model
+
+
+def _names_here(model: nn.Module, reference: SensitivityReport) -> dict[str, str]:
+    """Names in the model by names in the reference, of linear modules; checked to be measurable."""
+    modules = dict(model.named_modules())
+    here = {name.replace(".base_layer", ""): name for name, module in modules.items() if is_matrix(module)}
+    names = {}
+    for name, matrix in reference.matrices.items():
+        if matrix.expert_of is not None:
+            continue
+        for alias in (name, *matrix.aliases):
+            if alias not in here:
+                raise TargetError(
+                    f"the reference is for {reference.model_id}: the model in training has no linear layer "
+                    f"{alias!r}; give the plan or report of this model"
+                )
+            names[alias] = here[alias]
+    found = find_targets(model, "|".join(map(re.escape, names.values())))
+    for name, there in names.items():
+        if isinstance(modules[there.rpartition(".")[0]], MultiLoRALinear):
+            raise TargetError(
+                f"{name} holds several adapters (sensilora.mixed), of which each row of a batch uses its own; its "
+                "drift cannot be measured, leave the callback out"
+            )
+        if name in reference.matrices and matrix_shape(found[there]) != reference[name].shape:
+            raise TargetError(
+                f"{name} is {matrix_shape(found[there])} in the model in training and {reference[name].shape} in the "
+                "reference; give the plan or report of this model, and leave its weights unsharded"
+            )
+    return names
+
+
+@contextlib.contextmanager
+def _calling_base_layers(model: nn.Module) -> Iterator[None]:
+    """Let adapter layers that compute base and adapter at once call the base layer, which can then be watched."""
+    # Fused layers of PEFT are told by their module, so that peft need not be imported.
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, VarRankLoRALinear) or type(module).__module__ == "sensilora.integrations.peft"
+    }
+
+    def wrap(name: str, layer: Any, forward: Forward) -> Forward:
+        if isinstance(layer, VarRankLoRALinear):
+            return functools.partial(_through_base_layer, layer)
+        return super(type(layer), layer).forward
+
+    with wrapped_forwards(layers, wrap):
+        yield
+
+
+def _through_base_layer(layer: VarRankLoRALinear, x: Tensor) -> Tensor:
+    """`VarRankLoRALinear.forward` in eval mode."""
+    y = layer.base_layer(x)
+    if not layer.adapts:
+        return y
+    linear = nn.functional.linear
+    return y + layer.scaling * linear(linear(x, layer.lora_A.to(x.dtype)), layer.lora_B.to(x.dtype))
+
+
+@contextlib.contextmanager
+def _host_generators_kept() -> Iterator[None]:
+    """Python's and NumPy's random number generators as they were, which collators may draw from."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def evaluate_classifier(model: Any, batches: Sequence[Batch], *, progress: bool = True) -> dict[str, float]:
