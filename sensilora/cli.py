@@ -1,4 +1,4 @@
-"""The command line: ``sensilora demo | plan | train | evaluate | export | plot | doctor``.
+"""The command line: ``sensilora demo | plan | train | evaluate | compare | export | plot | doctor``.
 
 Exit codes: 0 done; 1 a bug, with its traceback; 2 an input that cannot be used, told in one sentence; 130 Ctrl-C.
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
@@ -676,6 +676,114 @@ def evaluate(
     if json_file is not None:
         figures_of = {"model": model, "adapter": str(adapter), "data": str(data), **figures}
         _files.write_text(json_file, json.dumps(figures_of, indent=1) + "\n")
+
+
+@app.command(
+    epilog=_examples(
+        "sensilora compare bert-base-uncased train.jsonl --eval-data dev.jsonl --average-rank 8",
+        "sensilora compare ./roberta train.jsonl --plan plan.json --metric matthews --seeds 10 --output out/cola",
+        "sensilora compare ./roberta stsb.tsv --text-field sentence1 --text-field sentence2 --regression",
+    )
+)
+def compare(
+    model: ModelArgument,
+    data: DataArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write; a comparison stopped there goes on.")
+    ] = Path("out/compare"),
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval-data", help="Measure on this; else on a fifth of DATA, held out at random.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Plan to compare; else one is made (activation, --average-rank).")
+    ] = None,
+    average_rank: Annotated[int, typer.Option("--average-rank", min=1, help="Without --plan: ranks a matrix.")] = 4,
+    regression: Annotated[bool, typer.Option("--regression", help="Labels are numbers and not classes.")] = False,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            help="Of the verdict: accuracy, macro_f1 or matthews; for regression pearson or spearman [the first].",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=2, help="Runs of each arm.")] = 5,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")] = 10,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences a step of one run.")] = 32,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="At its peak.")] = 5e-4,
+    warmup: Annotated[
+        float, typer.Option("--warmup", min=0, max=1, help="Share of the steps in which it rises from 0.")
+    ] = 0.06,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="Of AdamW.")] = 0.0,
+    dropout: Annotated[float, typer.Option("--dropout", min=0, max=1, help="On the adapters' inputs.")] = 0.0,
+    serial: Annotated[
+        bool, typer.Option("--serial", help="One run after another, for models that fill the GPU.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option("--checkpoint-every", min=1, help="Steps between two states to go on from.")
+    ] = 200,
+    max_length: MaxLengthOption = 256,
+    text_field: TextFieldOption = [],  # noqa: B006
+    label_field: LabelFieldOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
+    allow_edited: EditedOption = False,
+    force: ForceOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Tell whether a plan is worth it: uniform LoRA, the plan, and its ranks permuted, over several seeds.
+
+    All runs train side by side in one batch, each with its own adapter and head on one frozen model.
+    """
+    _check_matplotlib()
+
+    import torch
+
+    from sensilora.compare import PICTURE_FILE, RESULT_FILE, run_compare
+    from sensilora.plan import RankPlan
+
+    ranks = None if plan is None else RankPlan.load(plan, allow_edited=allow_edited)
+    rows = _rows(data, Task.classification, text_field, label_field)
+    if eval_data is not None:
+        held_out = _rows(eval_data, Task.classification, text_field, label_field)
+    else:
+        random.Random(seed).shuffle(rows)
+        rows, held_out = rows[len(rows) // 5 :], rows[: len(rows) // 5]
+        if not held_out:
+            raise DataError(f"{data} has too few rows to hold some out; name others with --eval-data")
+    classified = not regression and all(row.label is not None for row in rows)
+    try:
+        found = run_compare(
+            output,
+            model,
+            rows,
+            held_out,
+            classes=_classes(model, Task.classification, rows) if classified else None,
+            plan=ranks,
+            average_rank=average_rank,
+            metric=metric,
+            seeds=seeds,
+            seed=seed,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            dropout=dropout,
+            max_length=max_length,
+            serial=serial,
+            device=_device(device),
+            dtype=None if dtype is Dtype.auto else getattr(torch, dtype.value),
+            checkpoint_every=checkpoint_every,
+            force=force,
+        )
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted; run the same command again to go on from {output}", file=sys.stderr)
+        raise SystemExit(130) from interrupt
+    found.plot(output / PICTURE_FILE)
+    _print(found.table())
+    print(found.verdict())
+    print(f"wrote {output / RESULT_FILE} and {output / PICTURE_FILE}")
 
 
 @app.command(

@@ -1,4 +1,4 @@
-"""Pictures: the ranks of a plan by layer and projection, and training curves. Needs the extra ``plots``."""
+"""Pictures: a plan's ranks by layer and projection, training curves, comparisons. Needs the extra ``plots``."""
 
 from __future__ import annotations
 
@@ -127,6 +127,59 @@ def plot_training(
         if quantity.endswith("accuracy"):
             # The whole range: a scale fitted to two nearly equal runs would make noise look like a difference.
             axis.set_ylim(0, 1)
+    _write(figure, path)
+    return figure
+
+
+def plot_comparison(
+    values: Mapping[str, Sequence[float]],
+    intervals: Mapping[str, tuple[float, float]],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    reference: str,
+    metric: str,
+) -> Figure:
+    """Runs of several arms, paired by seed, and beside them one arm's differences to the others.
+
+    Args:
+        values: By arm, a value a seed, in one order of seeds, between -1 and 1; drawn in points (hundredths).
+        intervals: By each other arm, the confidence interval of the mean of `reference` less that arm.
+        path: Where to write the picture, as .png, .svg or .pdf. None writes nothing.
+        reference: The arm of `values` that the others are compared with.
+        metric: What the values are, for the axes.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the ending of `path` is none of the three.
+    """
+    figure = _figure(path)
+    figure.set_size_inches(9.4, 3.8)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    arms, points = list(values), {arm: 100 * np.asarray(seeds, dtype=np.float64) for arm, seeds in values.items()}
+    left.plot(arms, np.stack(list(points.values())), color="0.75", linewidth=0.9, zorder=1)
+    for i, arm in enumerate(arms):
+        left.scatter([arm] * len(points[arm]), points[arm], color=f"C{i}", s=22, zorder=2)
+        left.hlines(points[arm].mean(), i - 0.22, i + 0.22, color=f"C{i}", linewidth=2.5, zorder=3)
+    left.set_title("each run, runs of one seed joined; bars are means", fontsize=10, loc="left")
+    left.set_ylabel(f"{metric}, points")
+    left.margins(x=0.12)
+    for place, (arm, (low, high)) in enumerate(intervals.items()):
+        differences, colour = points[reference] - points[arm], f"C{arms.index(arm)}"
+        right.scatter([place] * len(differences), differences, color=colour, s=18, alpha=0.45)
+        mean = differences.mean()
+        reach = [[mean - 100 * low], [100 * high - mean]]
+        right.errorbar([place + 0.12], [mean], yerr=reach, fmt="s", color=colour, capsize=5, linewidth=1.8)
+    right.axhline(0.0, color="0.3", linewidth=0.9, linestyle="--")
+    right.set_xticks(range(len(intervals)), [f"less {arm}" for arm in intervals])
+    right.set_xlim(-0.5, len(intervals) - 0.5)
+    right.set_title(f"{reference}, paired differences with 95 % interval", fontsize=10, loc="left")
+    right.set_ylabel(f"difference in {metric}, points")
+    for axis in (left, right):
+        axis.grid(axis="y", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
     _write(figure, path)
     return figure
 

@@ -32,7 +32,7 @@ from sensilora.sensitivity.report import SensitivityReport
 from tests import tiny_models
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = ["demo", "plan", "train", "evaluate", "export", "plot", "doctor"]
+COMMANDS = ["demo", "plan", "train", "evaluate", "compare", "export", "plot", "doctor"]
 
 
 def run(*arguments):

@@ -15,7 +15,7 @@ LAYERS = [
     {"targets", "ops"},
     {"nn", "sensitivity", "allocation", "plan", "data"},
     {"adapters", "integrations", "mixed", "plots"},
-    {"demo", "doctor"},
+    {"compare", "demo", "doctor"},
     {"cli", "__main__"},
 ]
 # Methods that promise more than their layer and import it when called: RankPlan.to_lora_config and RankPlan.plot.
