@@ -494,6 +494,7 @@ class SensitivityCallback(TrainerCallback):
 
     Each time costs with "activation" one forward pass over `batches`, in the Trainer's mixed precision, without
     gradients; with "fisher" a backward pass more for each draw of labels. Adapters are computed by torch meanwhile.
+    The probes of "hutchinson" are drawn anew for a model with adapters, so that their noise is in its drift.
 
     Weights, gradients, the optimiser and the random number generators (torch's, NumPy's, Python's) are afterwards as
     they were, so that training goes on to the same weights, bit for bit, as without the callback. Gradient
