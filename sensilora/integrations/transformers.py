@@ -483,7 +483,8 @@ class SensitivityCallback(TrainerCallback):
     The model is calibrated as it is then, with the estimator and the settings of the reference, and compared by
     `SensitivityReport.compare`; Kendall's tau of the fused scores is logged as ``sensitivity/kendall_tau`` (1: the
     order is the plan's still; Sensitivity-LoRA, Table 6, finds 0.98 to 0.99), the time it took as
-    ``sensitivity/seconds``. The Trainer's ``log`` brings both to TensorBoard, W&B and ``state.log_history``. ::
+    ``sensitivity/seconds``. The Trainer's ``log`` brings both to ``state.log_history`` and, with ``train/`` before
+    their names, to TensorBoard and W&B. ::
 
         trainer.add_callback(SensitivityCallback(plan, batches, trainer))
 

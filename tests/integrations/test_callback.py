@@ -356,15 +356,34 @@ def test_device_map(llama, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["inject", "peft", "full"])
 def test_mixed_precision_is_the_trainers(llama, tmp_path, kind):
     plan = allocate(report_of(llama), average_rank=4)
-    states = []
+    states, seen = [], set()
     for given in (None, plan):
-        callback, trainer = trained(adapted(kind, llama, plan), tmp_path, given, bf16=True)
+        model = adapted(kind, llama, plan)
+        name = next(name for name, _ in model.named_modules() if ".down_proj" in name)
+        model.get_submodule(name).register_forward_hook(lambda module, _, y: seen.add((module.training, y.dtype)))
+        callback, trainer = trained(model, tmp_path, given, bf16=True)
         states.append(state_of(trainer))
     assert same(*states)
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
     in_fp32 = calibrate(merged(trainer.accelerator.unwrap_model(trainer.model, False)), batches(), progress=False)
     found = callback.history[-1].report
     traces = [(found[name].trace, in_fp32[name].trace) for name in found]
     assert all(mine == pytest.approx(theirs, rel=0.05) for mine, theirs in traces)
+
+
+@pytest.mark.parametrize("kind", ["inject", "peft"])
+def test_a_compiled_model_is_not_compiled_again(llama, tmp_path, kind):
+    plan = allocate(report_of(llama), average_rank=4)
+    states, graphs = [], []
+    for given in (None, plan):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        settings = {"torch_compile": True, "torch_compile_backend": "eager"}
+        _, trainer = trained(adapted(kind, llama, plan), tmp_path, given, **settings)
+        states.append(state_of(trainer))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert same(*states)
+    assert graphs[0] == graphs[1] > 0
 
 
 LAUNCHED = """
