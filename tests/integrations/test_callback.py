@@ -309,6 +309,34 @@ def test_experts_and_rank_0_and_tied_weights(tmp_path):
         assert found[name].trace == pytest.approx(reference[name].trace, rel=1e-4)
 
 
+class Nested(torch.nn.Module):
+    """No model of transformers, in which the name of one matrix is the end of another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.b = torch.nn.Linear(4, 6)
+        self.a = torch.nn.Module()
+        self.a.b = torch.nn.Linear(6, 4)
+
+    def forward(self, x, labels=None):
+        y = self.a.b(self.b(x).relu())
+        return {"logits": y, **({} if labels is None else {"loss": torch.nn.functional.cross_entropy(y, labels)})}
+
+
+@pytest.mark.parametrize("targets", ["b", r"(a\.)?b"])
+def test_matrices_are_told_by_their_whole_names(tmp_path, targets):
+    data = [{"x": torch.randn(8, 4)}]
+    model = Nested()
+    reference = calibrate(model, data, targets=targets, progress=False)
+    trainer = trainer_of(inject(model, RankPlan.uniform({"b": (6, 4), "a.b": (4, 6)}, 2)), tmp_path)
+    trainer.train_dataset = [{"x": torch.randn(4), "labels": index % 4} for index in range(8)]
+    callback = hf.SensitivityCallback(reference, data, trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert list(callback.history[-1].report) == list(reference)
+    assert callback.history[-1].report["b"].trace == pytest.approx(reference["b"].trace)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kind", ["inject", "peft"])
 @pytest.mark.parametrize("estimator", ["activation", "fisher"])
