@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sensilora import _files, mixed
-from sensilora.adapters import unload
+from sensilora.adapters import check_plan, unload
 from sensilora.allocation import allocate, assign_ranks
 from sensilora.data import Row
 from sensilora.demo import _peak_memory
@@ -224,6 +224,9 @@ def run_compare(
     if checkpoint_every < 1:
         raise SensiloraError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
     task = _task(settings, rows, eval_rows, dtype)
+    if plan is not None:  # what is wrong with it is told before anything is written
+        check_plan(plan, task.model, dict(task.model.named_modules()), strict=True)
+        arm_plans(plan, task.settings)
     folder = _opened(Path(output), task.settings, force)
     plan = _plan(task, plan, folder, progress)
     plans = arm_plans(plan, task.settings)
@@ -537,7 +540,9 @@ def _fit(task: Task, runs: Sequence[Run], state: _State, checkpoint_every: int, 
     model, settings = task.model, task.settings
     steps, an_epoch = len(state.losses), _steps_an_epoch(task)
     warmup = max(1, round(settings.warmup * steps))
+    # Runs of one seed have the same rows, which are collated once.
     seeds = list(dict.fromkeys(run.seed for run in runs))
+    places = torch.tensor([seeds.index(run.seed) for run in runs], device=task.device)
     model.train()
     start, before = time.perf_counter(), state.seconds
     shuffled = -1
@@ -549,11 +554,9 @@ def _fit(task: Task, runs: Sequence[Run], state: _State, checkpoint_every: int, 
             own = slice(position * settings.batch_size, (position + 1) * settings.batch_size)
             size = len(range(len(task.train))[own])
             batch = task.batch([task.train[row] for seed in seeds for row in orders[seed][own]])
-            # Runs of one seed have the same rows, which are looked up once.
-            places = torch.tensor([seeds.index(run.seed) for run in runs], device=task.device)
             rows = (places[:, None] * size + torch.arange(size, device=task.device)).flatten()
             # Whatever is drawn (dropout) follows from the seed and the step, also after a kill.
-            torch.manual_seed((runs[0].seed << 32) + state.step)
+            torch.manual_seed(((runs[0].seed << 32) + state.step) % 2**64)
             losses = _losses(task, runs, {key: value[rows] for key, value in batch.items()})
             losses.sum().backward()
             rate = min((state.step + 1) / warmup, (steps - state.step) / max(steps - warmup, 1))
@@ -695,12 +698,22 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval says which is ahead, 0 where it holds 0."""
-        return (self.low > 0) - (self.high < 0)
+        """1 or -1 where the interval says which is ahead, 0 where it holds 0 or cannot be known."""
+        return 0 if self._is_constant else (self.low > 0) - (self.high < 0)
+
+    @property
+    def _is_constant(self) -> bool:
+        """Whether the difference is the same in every seed, by chance: that leaves its noise unknown, not absent."""
+        return self.standard_error < 1e-12 < abs(self.mean)
 
     def sentence(self, metric: str) -> str:
         """What the interval says, in words."""
         name = metric.replace("_", "-")
+        if self._is_constant:
+            return (
+                f"The plan and {TITLES[self.arm]} differ by {100 * self.mean:+.2f} points of {name} in each of "
+                f"{self.seeds} seeds, which says nothing about the noise: take more seeds or more evaluation rows."
+            )
         figures = f"95 % interval {100 * self.low:+.2f} to {100 * self.high:+.2f}, {self.seeds} seeds"
         if not self.sign:
             return (

@@ -148,6 +148,10 @@ def test_verdicts():
     assert "ahead of permuted ranks" in won
     lost = made_up({UNIFORM: ahead, PLAN: level}).verdict()
     assert "The plan is behind uniform LoRA by 10.25 points" in lost
+    chance = made_up({UNIFORM: [0.7, 0.8], PLAN: [0.75, 0.85]})
+    assert chance.differences()[0].sign == 0
+    assert "differ by +5.00 points of accuracy in each of 2 seeds, which says nothing" in chance.verdict()
+    assert "No difference beyond noise" in made_up({UNIFORM: level, PLAN: level}).verdict()
     by_shape = made_up({UNIFORM: level, PLAN: ahead, PERMUTED: ahead}).verdict()
     assert "not from which matrix got which rank" in by_shape
 
@@ -383,12 +387,14 @@ def test_a_given_plan_is_the_one_compared(model, tmp_path):
     plan = RankPlan.uniform(shapes, 2, fingerprint=fingerprint(loaded)).with_ranks({next(iter(shapes)): 4})
     found = run_compare(tmp_path / "out", model, rows(12), rows(8, 9), plan=plan, **QUICK)
     assert found.records[Run(PLAN, 0)]["ranks"] == plan.ranks
+    assert sum(len(set(found.records[Run(PERMUTED, seed)]["ranks"].values())) > 1 for seed in (0, 1)) == 2
     assert {record["adapter_parameters"] for record in found.records.values()} == {plan.parameters}
 
 
 def test_another_models_plan_is_refused(model, tmp_path, plan):
     with pytest.raises(PlanError):
         run_compare(tmp_path / "out", model, rows(12), rows(8, 9), plan=plan, **QUICK)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_divergence_is_named(model, tmp_path):
