@@ -365,25 +365,17 @@ def hutchinson_table(rows: Rows) -> str:
         ("Fisher with sampled labels, Hutchinson", "small_a/fisher-model", "small_a/hutchinson"),
         ("activation, Fisher", "small_a/activation", "small_a/fisher"),
         ("*noise:* Hutchinson, other probes", "small_a/hutchinson", "small_a/hutchinson/seed1"),
-        ("*noise:* Hutchinson, 16 other sequences", "small_a/hutchinson", "small_b/hutchinson"),
-        ("*noise:* Fisher, 16 other sequences", "small_a/fisher", "small_b/fisher"),
-        ("*noise:* activation, 16 other sequences", "small_a/activation", "small_b/activation"),
-        ("Fisher, 16 sequences and all 128", "small_a/fisher", "a/fisher"),
-        ("activation, 16 sequences and all 128", "small_a/activation", "a/activation"),
+        ("*noise:* Hutchinson, 8 other sequences", "small_a/hutchinson", "small_b/hutchinson"),
+        ("*noise:* Fisher, 8 other sequences", "small_a/fisher", "small_b/fisher"),
+        ("*noise:* activation, 8 other sequences", "small_a/activation", "small_b/activation"),
+        ("Fisher, 8 sequences and all 128", "small_a/fisher", "a/fisher"),
+        ("activation, 8 sequences and all 128", "small_a/activation", "a/activation"),
     ]
-    names = ("piqa", "sst2")
     lines = [
-        [
-            text,
-            *(
-                _cell(tau(rows, f"{name}/{first}", f"{name}/{second}", score))
-                for name in names
-                for score in ("fused", "trace")
-            ),
-        ]
+        [text, *(_cell(tau(rows, f"sst2/{first}", f"sst2/{second}", score)) for score in ("fused", "trace"))]
         for text, first, second in others
     ]
-    return _table(["", *(f"{NAMES[name]}, {score}" for name in names for score in ("fused", "trace"))], lines)
+    return _table([NAMES["sst2"], "fused score", "trace"], lines)
 
 
 def noise_table(rows: Rows) -> str:
@@ -427,7 +419,7 @@ def domains_table(rows: Rows, estimator: str) -> str:
         for other in SETS:
             part = "b" if one == other else "a"
             found = _cell(tau(rows, f"{one}/a/{estimator}", f"{other}/{part}/{estimator}"))
-            cells.append(f"*{found}*" if one == other else found)
+            cells.append(f"*{found}*" if found and one == other else found)
         lines.append([NAMES[one], *cells])
     return _table([WAYS[estimator], *(NAMES[name] for name in SETS)], lines)
 
@@ -457,7 +449,7 @@ def reports_table(rows: Rows) -> str:
             f"`{name.removeprefix('report/')}`",
             str(row["sequences"]),
             f"{row['tokens']:,}",
-            f"{row['seconds']:.0f}",
+            f"{row['seconds']:.1f}",
             row["labels"] or "none",
             f"{100 * row['head_accuracy']:.0f}% of {row['classes']}",
         ]
@@ -471,6 +463,7 @@ def reports_table(rows: Rows) -> str:
 
 # Okabe and Ito's palette, told apart with any colour vision; marks differ in shape as well.
 _STYLES = {"activation": ("#0072B2", "o"), "fisher": ("#E69F00", "s"), "hutchinson": ("#009E73", "^")}
+_TWO = "two estimators"
 
 
 def plot_tau(rows: Rows) -> tuple[Figure, str]:
@@ -484,17 +477,19 @@ def plot_tau(rows: Rows) -> tuple[Figure, str]:
         for estimator in dict.fromkeys(way for way, _ in points):
             found = [value for way, value in points if way == estimator]
             colour, marker = _STYLES.get(estimator, ("0.35", "D"))
-            label = "_" if estimator in drawn else WAYS.get(estimator, "two estimators")
+            label = "_" if estimator in drawn else WAYS.get(estimator, _TWO)
             drawn.add(estimator)
             offset = 0.16 * (1 - list(_STYLES).index(estimator)) if estimator in _STYLES else 0.0
             axes.plot(
                 found, [line + offset] * len(found), marker, color=colour, markersize=7, label=label,
                 markeredgecolor="white",
             )  # fmt: skip
-            told.append(f"{text}, {WAYS.get(estimator, 'two estimators')} {min(found):.2f} to {max(found):.2f}")
+            extremes = dict.fromkeys(f"{value:.2f}" for value in (min(found), max(found)))
+            told.append(f"{text}, {WAYS.get(estimator, _TWO)} {' to '.join(extremes)}")
     axes.set_yticks(range(len(ticks)), ticks)
     axes.set_ylim(-0.6, len(ticks) - 0.4)
-    axes.set_xlim(right=1.02)
+    lowest = min(value for _, points in groups for _, value in points)
+    axes.set_xlim(min(0.0, lowest) - 0.03, 1.03)
     axes.axvline(0, color="0.35", linewidth=1.2)
     axes.set_xlabel("Kendall's tau of the fused score's order (36 matrices)")
     axes.grid(axis="x", color="0.9")
@@ -502,7 +497,16 @@ def plot_tau(rows: Rows) -> tuple[Figure, str]:
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: [*WAYS.values(), _TWO].index(labels[i]))
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside upper left",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+    )
     return figure, f"Dots of Kendall's tau. {'; '.join(reversed(told))}."
 
 
@@ -531,7 +535,7 @@ def tau_groups(rows: Rows) -> list[tuple[str, list[tuple[str, float]]]]:
             [("hutchinson", f"{name}/small_a/hutchinson", f"{name}/small_a/hutchinson/seed1") for name in SETS],
         ),
         (
-            "16 sequences and 16 others",
+            "8 sequences and 8 others",
             [
                 (way, f"{name}/small_a/{way}", f"{name}/small_b/{way}")
                 for way in (*both, "hutchinson")
@@ -556,12 +560,12 @@ def tau_groups(rows: Rows) -> list[tuple[str, list[tuple[str, float]]]]:
 
 
 def plot_places(rows: Rows) -> tuple[Figure, str]:
-    """Heat maps of every matrix's place under each estimator, on the same sequences of PIQA."""
+    """Heat maps of every matrix's place under each estimator, on the same sequences of SST-2."""
     figure = _figure((8.5, 4.4))
     told = []
-    ways = [way for way in _STYLES if f"report/piqa/small_a/{way}" in rows]
+    ways = [way for way in _STYLES if f"report/sst2/small_a/{way}" in rows]
     for axes, way in zip(figure.subplots(1, len(ways), sharey=True, squeeze=False)[0], ways, strict=True):
-        places = fused_places(rows[f"report/piqa/small_a/{way}"])
+        places = fused_places(rows[f"report/sst2/small_a/{way}"])
         kinds = list(dict.fromkeys(_kind(matrix) for matrix in places))
         layers = sorted({_layer(matrix) for matrix in places})
         grid = np.full((len(kinds), len(layers)), np.nan)
