@@ -8,6 +8,7 @@ from typing import Any
 
 import sensilora
 import sensilora.integrations.peft
+import sensilora.integrations.transformers
 import sensilora.nn
 import sensilora.ops
 import sensilora.plots
@@ -37,6 +38,9 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("PEFT", "Needs peft: `pip install 'sensilora[peft]'`. How it is used: [With PEFT](peft.md).",
      [(f"sensilora.integrations.peft.{name}", getattr(sensilora.integrations.peft, name))
       for name in ("lora_config_from_plan", "use_fused", "fuse", "unfuse")]),
+    ("transformers' Trainer", "",
+     [(f"sensilora.integrations.transformers.{name}", getattr(sensilora.integrations.transformers, name))
+      for name in ("SensitivityCallback", "Drift")]),
     ("Operations", "Each has a plain torch reference and faster backends; see the table in the README.",
      [(f"sensilora.ops.{name}", getattr(sensilora.ops, name))
       for name in ("autocorrelation_diag", "autocorrelation_blocks", "fisher_diag", "hutchinson_accumulate",
