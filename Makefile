@@ -35,7 +35,7 @@ demo:
 
 test:
 	$(PREPARE) --extras test --model want
-	$(PYTHON) -m pytest -m "not gpu" $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
 
 test-gpu:
 	$(PREPARE) --extras test

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 
-# Before torch or triton is imported: Triton kernels run under their interpreter where there is no GPU.
+# Before torch is imported: one thread for each of several test processes, which would else wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Before triton is imported: its kernels run under their interpreter where there is no GPU.
 import torch
 
 # torch.use_deterministic_algorithms wants cuBLAS to have a workspace of its own, which is chosen when CUDA starts.

@@ -161,7 +161,7 @@ def test_exact_sums_agree_bit_for_bit(on_backend, backend, device, dtype):
     diags = [(torch.randn(size) * torch.randn(size)).square() for size in sizes] + list(EXTREMES.values())
     largest = torch.finfo(dtype).max
     diags = [diag.double().clamp(max=largest).to(dtype) for diag in diags]
-    for alpha in (0.1, 0.85, 1.0):
+    for alpha in (0.1, 0.85, 1.0) if device == "cuda" else (0.85,):
         with use_backend("native"):
             want = diagonal_metrics_batch(diags, alpha=alpha)
         with on_backend(OP, dtype):

@@ -37,7 +37,7 @@ def batch_of(indices=range(6), **options):
 
 
 @given(st.permutations(range(6)), st.integers(1, 6), st.integers(7, 12), st.booleans())
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 def test_order_batch_size_and_padding_do_not_matter(order, size, width, left):
     """Token positions are not encoded in this net, so left padding must not matter either."""
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ ESTIMATORS = {
     "per_loss_term": {"estimator": "fisher", "mode": "per_loss_term"},
     "sampled": {"estimator": "fisher", "labels": "model", "draws": 2},
     "two passes": {"estimator": "fisher", "labels": "model", "memory_budget": 1200},
-    "hutchinson": {"estimator": "hutchinson", "probes": 4, "min_probes": 2},
+    "hutchinson": {"estimator": "hutchinson", "probes": 2, "min_probes": 2},
 }
 every_estimator = pytest.mark.parametrize("arguments", ESTIMATORS.values(), ids=ESTIMATORS)
 

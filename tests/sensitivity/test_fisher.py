@@ -319,7 +319,7 @@ def test_four_times_the_draws_halve_the_error():
     expected = gauss_newton(model, ids, 3)
     batch = classification_batch(ids, [0] * 3)
     errors = []
-    for draws in (16, 64, 256):
+    for draws in (8, 32, 128):
         runs = [
             diagonals(model, [batch], estimator="fisher", labels="model", draws=draws, seed=seed)[1]
             for seed in range(4)
@@ -327,7 +327,7 @@ def test_four_times_the_draws_halve_the_error():
         errors.append(sum(relative_error(found, expected) for found in runs) / len(runs))
     for more, fewer in ((errors[1], errors[0]), (errors[2], errors[1])):
         assert 0.3 < more / fewer < 0.75
-    assert errors[2] < 0.1
+    assert errors[2] < 0.15
 
 
 @pytest.mark.parametrize("mode", ["per_sequence", "per_loss_term"])

@@ -75,7 +75,7 @@ def expected_of(model, loss, name, probes, seed=0):
 @both_products
 def test_probes_are_of_the_hessian_of_the_mean_loss(hvp, repeat):
     """Padded batches against one sequence at a time; modules that run twice; frozen weights."""
-    model = Net(repeat=repeat, depth=3 - repeat).double().requires_grad_(False)
+    model = Net(width=4, repeat=repeat, depth=3 - repeat).double().requires_grad_(False)
     report, found = diagonals(model, batches_of(), **FIXED, hvp=hvp)
     expected = {name: expected_of(model, loss_of(model), name, 6).clamp(min=0) for name in report}
     assert_close(found, expected, rtol=1e-9 if hvp == "double_backward" else 1e-6)
@@ -121,16 +121,16 @@ def test_the_sign_policy_and_what_the_report_says_of_the_probes(tmp_path):
     assert line.split()[6] == "7"
 
 
-@pytest.mark.parametrize("probes", [4, 64])
+@pytest.mark.parametrize("probes", [4, 16])
 def test_unbiased_and_converging_with_the_root_of_the_probes(probes):
     """The trace's error over its exact deviation, √(2 Σ_{i≠j} H_ij² / P), is of size 1 whatever P is."""
     model, name = Net(width=4, depth=1).double(), "blocks.0.down"
     exact = hessian(model, loss_of(model), name)
     deviation = float((2 * (exact.square().sum() - exact.diagonal().square().sum()) / probes).sqrt())
     settings = {**FIXED, "min_probes": probes, "probes": probes, "targets": [name]}
-    runs = [calibrate(model, batches_of(), **settings, seed=seed)[name].probes for seed in range(64)]
+    runs = [calibrate(model, batches_of(), **settings, seed=seed)[name].probes for seed in range(48)]
     errors = [(run.trace - float(exact.trace())) / deviation for run in runs]
-    assert abs(statistics.fmean(errors)) < 4 / 8
+    assert abs(statistics.fmean(errors)) < 4 / 48**0.5
     assert 0.5 < statistics.fmean(error**2 for error in errors) < 1.7
     # What a run says of its own error is right on average.
     assert 0.5 < statistics.fmean((run.standard_error / deviation) ** 2 for run in runs) < 1.7
@@ -138,21 +138,21 @@ def test_unbiased_and_converging_with_the_root_of_the_probes(probes):
 
 def test_a_matrix_is_done_when_its_traces_error_is_small():
     model = Net(depth=1).double()
-    loose = calibrate(model, batches_of(), estimator="hutchinson", probes=150, min_probes=5, tolerance=0.2)
+    loose = calibrate(model, batches_of(), estimator="hutchinson", probes=40, min_probes=5, tolerance=0.3)
     counts = {name: matrix.probes.count for name, matrix in loose.matrices.items()}
     assert len(set(counts.values())) > 1, "every matrix took as many, so nothing was decided by its error"
-    fixed = calibrate(model, batches_of(), estimator="hutchinson", probes=150, min_probes=150, tolerance=0.0)
+    fixed = calibrate(model, batches_of(), estimator="hutchinson", probes=40, min_probes=40, tolerance=0.0)
     for name, count in counts.items():
         probes = loose[name].probes
         assert count % 5 == 0
-        assert probes.standard_error <= 0.2 * abs(probes.trace) or count == 150
+        assert probes.standard_error <= 0.3 * abs(probes.trace) or count == 40
         if count > 5:
             before = calibrate(
-                model, batches_of(), estimator="hutchinson", probes=count - 5, min_probes=5, tolerance=0.2,
+                model, batches_of(), estimator="hutchinson", probes=count - 5, min_probes=5, tolerance=0.3,
                 targets=[name],
             )[name].probes  # fmt: skip
             assert before.count == count - 5
-            assert before.standard_error > 0.2 * abs(before.trace)
+            assert before.standard_error > 0.3 * abs(before.trace)
         assert abs(probes.trace - fixed[name].probes.trace) <= 5 * (
             probes.standard_error + fixed[name].probes.standard_error
         )
