@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import orderings
 from sensilora.errors import SensiloraError
+from tests.reports import make_report
 
 REPORTS = [f"{name}/{cell.name}" for name in orderings.SETS for cell in orderings.cells(name)]
 
@@ -166,3 +167,31 @@ def test_accuracy_counts_right_answers():
         {"x": torch.tensor([2]), "labels": torch.tensor([2])},
     ]
     assert orderings._accuracy(model, batches) == 0.75
+
+
+def test_some_sets_are_measured_and_the_others_rows_kept(tmp_path, monkeypatch):
+    matrices = [f"bert.encoder.layer.{layer}.output.dense" for layer in range(3)]
+
+    def measure(folder, reports, names):
+        for name in names:
+            report = make_report({matrix: (float(i + 1), 1.0, 2) for i, matrix in enumerate(matrices)})
+            report.save(reports / f"{name}-a-activation.json")
+            yield {"id": f"report/{name}/a/activation", "sequences": 1, "tokens": 8, "seconds": 0.1}
+
+    written = []
+    monkeypatch.setattr(orderings, "RESULTS", tmp_path / "orderings.json")
+    monkeypatch.setattr(orderings, "measure", measure)
+    monkeypatch.setattr(orderings, "write_page", written.append)
+    (tmp_path / "data/piqa").mkdir(parents=True)
+    common = ["--data", str(tmp_path / "data"), "--reports", str(tmp_path / "reports")]
+    assert orderings.main([*common, "--commit", "first", "--sets", "sst2"]) == 0
+    assert orderings.main([*common, "--commit", "second", "--sets", "piqa"]) == 0
+    rows = orderings.load()
+    assert list(rows) == [
+        "report/piqa/a/activation",
+        "report/sst2/a/activation",
+        "compare/piqa/a/activation:sst2/a/activation",
+    ]
+    assert [row.get("commit") for row in rows.values()] == ["second", "first", None]
+    assert rows["compare/piqa/a/activation:sst2/a/activation"]["kendall"]["fused"] == 1
+    assert written[-1] == rows
