@@ -62,6 +62,7 @@ RESULT_FILE, PICTURE_FILE = "result.json", "compare.png"
 _SETTINGS_FILE, _PLAN_FILE, _CHECKPOINT_FILE = "settings.json", "plan.json", "checkpoint.safetensors"
 _CALIBRATION_ROWS = 256
 _CALIBRATION_BATCH = 32
+_MAX_GRADIENT_NORM = 1.0  # as transformers' Trainer has it
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def run_compare(
         seeds: runs of each arm, at least 2; seeds are `seed`, `seed` + 1 and so on.
         seed: the first.
         epochs, batch_size, learning_rate, warmup, weight_decay, dropout: of each run; AdamW with linear warm-up (as a
-            share of the steps) and decay. `dropout` is on the adapters' inputs; the model's own is as configured.
+            share of the steps) and decay, each run's gradient clipped at norm 1. `dropout` is on the adapters'
+            inputs; the model's own is as configured.
         max_length: tokens of a row.
         serial: train one run after another, where the batches of all together do not fit the device.
         device: where to train.
@@ -238,7 +240,7 @@ def run_compare(
         ).items():
             records[run] = record
             _files.write_text(_record_file(folder, run), json.dumps(record, indent=1) + "\n")
-        (folder / _CHECKPOINT_FILE).unlink(missing_ok=True)
+        _files.remove_all_but(folder, _CHECKPOINT_FILE, ())
     found = Comparison(task.settings, {run: records[run] for run in plans})
     _files.write_text(folder / RESULT_FILE, json.dumps(found.as_dict(), indent=1) + "\n")
     return found
@@ -488,7 +490,7 @@ class _State:
 
     def __init__(self, task: Task, parameters: Mapping[Run, Mapping[str, nn.Parameter]], file: Path) -> None:
         self.parameters, self.file = parameters, file
-        # All operations of AdamW are elementwise, so one optimiser is as good as one for each run.
+        # AdamW is elementwise, so one optimiser is as good as one for each run.
         self.optimizer = torch.optim.AdamW(
             [parameter for own in parameters.values() for parameter in own.values()],
             lr=task.settings.learning_rate,
@@ -559,6 +561,8 @@ def _fit(task: Task, runs: Sequence[Run], state: _State, checkpoint_every: int, 
             torch.manual_seed(((runs[0].seed << 32) + state.step) % 2**64)
             losses = _losses(task, runs, {key: value[rows] for key, value in batch.items()})
             losses.sum().backward()
+            for parameters in state.parameters.values():
+                nn.utils.clip_grad_norm_(parameters.values(), _MAX_GRADIENT_NORM)
             rate = min((state.step + 1) / warmup, (steps - state.step) / max(steps - warmup, 1))
             for group in state.optimizer.param_groups:
                 group["lr"] = settings.learning_rate * rate
