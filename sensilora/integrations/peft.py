@@ -19,7 +19,7 @@ try:
     from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, dispatch_default
     from peft.tuners.tuners_utils import BaseTunerLayer
 except ModuleNotFoundError as error:
-    raise ImportError("sensilora.integrations.peft needs peft; install it with: pip install 'sensilora[peft]'") from error
+    raise ImportError("this module needs peft; install it with: pip install 'sensilora[peft]'") from error
 
 from transformers.pytorch_utils import Conv1D
 
