@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import sensilora
+import sensilora.compare
 import sensilora.integrations.peft
 import sensilora.integrations.transformers
 import sensilora.nn
@@ -41,6 +42,8 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("transformers' Trainer", "",
      [(f"sensilora.integrations.transformers.{name}", getattr(sensilora.integrations.transformers, name))
       for name in ("SensitivityCallback", "Drift")]),
+    ("Comparing", "What `sensilora compare` runs; see [Is it worth it on your data?](compare.md).",
+     [(f"sensilora.compare.{name}", getattr(sensilora.compare, name)) for name in ("run_compare", "Comparison")]),
     ("Operations", "Each has a plain torch reference and faster backends; see the table in the README.",
      [(f"sensilora.ops.{name}", getattr(sensilora.ops, name))
       for name in ("autocorrelation_diag", "autocorrelation_blocks", "fisher_diag", "hutchinson_accumulate",
@@ -48,7 +51,8 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
                    "lora_group", "lora_segments")]
      + [("sensilora.use_backend", sensilora.use_backend)]),
     ("Pictures", "", [("sensilora.plots.plot_ranks", sensilora.plots.plot_ranks),
-                      ("sensilora.plots.plot_training", sensilora.plots.plot_training)]),
+                      ("sensilora.plots.plot_training", sensilora.plots.plot_training),
+                      ("sensilora.plots.plot_comparison", sensilora.plots.plot_comparison)]),
     ("Errors", "All derive from `sensilora.errors.SensiloraError`.",
      [(f"sensilora.errors.{name}", value) for name, value in vars(errors).items()
       if inspect.isclass(value) and value is not errors.SensiloraError]),
