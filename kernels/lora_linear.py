@@ -3,7 +3,7 @@
     forward   h = drop(x) Aᵀ            one read of x, for all projections together
               y = x Wᵀ + b + s h Bᵀ     one product that adds the update in its accumulator
     backward  q = s dY B                one read of dY
-              dx = Σ (dY W + mask∘(q A))  one product over all projections, likewise
+              dx = Σ (dY W + mask∘(q A))  one product over all projections, or one each, likewise
               dA = qᵀ drop(x), dB = s dYᵀ h   one read of x and of dY, while that product runs
 
 On Hopper the product starts while h or q is still being computed, waits for it before its first tile is finished, and

@@ -241,6 +241,12 @@ TextFieldOption = Annotated[
 LabelFieldOption = Annotated[
     str | None, typer.Option("--label-field", metavar="FIELD", help="Field that holds the class [label].")
 ]
+LearningRateOption = Annotated[float, typer.Option("--learning-rate", "--lr", help="At its peak.")]
+WarmupOption = Annotated[
+    float, typer.Option("--warmup", min=0, max=1, help="Share of the steps in which it rises from 0.")
+]
+WeightDecayOption = Annotated[float, typer.Option("--weight-decay", min=0, help="Of AdamW.")]
+DropoutOption = Annotated[float, typer.Option("--dropout", min=0, max=1, help="On the adapters' inputs.")]
 MaxLengthOption = Annotated[int, typer.Option("--max-length", min=2, help="Longest sequence, in tokens.")]
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything that is drawn at random.")
@@ -547,12 +553,10 @@ def train(
     task: TaskOption = Task.auto,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 10.0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="At its peak.")] = 5e-4,
-    warmup: Annotated[
-        float, typer.Option("--warmup", min=0, max=1, help="Share of the steps in which it rises from 0.")
-    ] = 0.06,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="Of AdamW.")] = 0.0,
-    dropout: Annotated[float, typer.Option("--dropout", min=0, max=1, help="On the adapters' inputs.")] = 0.0,
+    learning_rate: LearningRateOption = 5e-4,
+    warmup: WarmupOption = 0.06,
+    weight_decay: WeightDecayOption = 0.0,
+    dropout: DropoutOption = 0.0,
     max_length: MaxLengthOption = 256,
     text_field: TextFieldOption = [],  # noqa: B006
     label_field: LabelFieldOption = None,
@@ -709,12 +713,10 @@ def compare(
     seeds: Annotated[int, typer.Option("--seeds", min=2, help="Runs of each arm.")] = 5,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")] = 10,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences a step of one run.")] = 32,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="At its peak.")] = 5e-4,
-    warmup: Annotated[
-        float, typer.Option("--warmup", min=0, max=1, help="Share of the steps in which it rises from 0.")
-    ] = 0.06,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="Of AdamW.")] = 0.0,
-    dropout: Annotated[float, typer.Option("--dropout", min=0, max=1, help="On the adapters' inputs.")] = 0.0,
+    learning_rate: LearningRateOption = 5e-4,
+    warmup: WarmupOption = 0.06,
+    weight_decay: WeightDecayOption = 0.0,
+    dropout: DropoutOption = 0.0,
     serial: Annotated[
         bool, typer.Option("--serial", help="One run after another, for models that fill the GPU.")
     ] = False,

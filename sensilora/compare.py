@@ -35,7 +35,7 @@ from sensilora import _files, mixed
 from sensilora.adapters import check_plan, unload
 from sensilora.allocation import allocate, assign_ranks
 from sensilora.data import Row
-from sensilora.demo import _peak_memory
+from sensilora.demo import peak_memory
 from sensilora.errors import DataError, NonFiniteError, OutputExistsError, PlanError, SensiloraError
 from sensilora.integrations.transformers import (
     accuracy_and_macro_f1,
@@ -451,7 +451,7 @@ def _train(
 ) -> dict[Run, dict[str, Any]]:
     """Fine-tune these runs side by side, and the record of each."""
     settings, runs = task.settings, list(plans)
-    with _prepared(task, plans) as parameters, _enough_memory(), _peak_memory(task.device) as peak:
+    with _prepared(task, plans) as parameters, _enough_memory(), peak_memory(task.device) as peak:
         state = _State(task, parameters, folder / _CHECKPOINT_FILE)
         _fit(task, runs, state, checkpoint_every, progress)
         results = {run: _evaluate(task, runs, run) for run in runs}

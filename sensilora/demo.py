@@ -334,7 +334,7 @@ def _by_length(examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _train(task: Task, plan: RankPlan, settings: Settings, name: str, *, adapter_folder: Path | None = None) -> Arm:
     """Fine-tune one arm and predict the test rows."""
     _release_memory()
-    with _peak_memory(task.device) as peak:
+    with peak_memory(task.device) as peak:
         model = task.new_model(settings.seed)
         heads = _heads(model)
         inject(model, plan, modules_to_save=heads)
@@ -420,7 +420,7 @@ def _release_memory() -> None:
 
 
 @contextmanager
-def _peak_memory(device: torch.device, interval: float = 0.02) -> Iterator[list[int]]:
+def peak_memory(device: torch.device, interval: float = 0.02) -> Iterator[list[int]]:
     """A list whose one entry is, after the block, the most bytes that were in use inside it.
 
     On a GPU what torch had allocated; on the CPU the resident memory of the whole process, looked at every

@@ -140,9 +140,9 @@ def test_mcnemar_by_hand(only_first, only_second, p):
 
 
 def test_peak_memory_sees_what_is_freed_again():
-    with demo._peak_memory(torch.device("cpu")) as idle:
+    with demo.peak_memory(torch.device("cpu")) as idle:
         pass
-    with demo._peak_memory(torch.device("cpu")) as peak:
+    with demo.peak_memory(torch.device("cpu")) as peak:
         block = torch.ones(32 << 20)
         time.sleep(0.2)
         del block
@@ -151,7 +151,7 @@ def test_peak_memory_sees_what_is_freed_again():
 
 @pytest.mark.gpu
 def test_peak_memory_on_a_gpu_is_what_torch_allocated():
-    with demo._peak_memory(torch.device("cuda")) as peak:
+    with demo.peak_memory(torch.device("cuda")) as peak:
         block = torch.ones(32 << 20, device="cuda")
         del block
     assert 128 << 20 <= peak[0] < torch.cuda.get_device_properties(0).total_memory
