@@ -745,9 +745,9 @@ def compare(
     from sensilora.plan import RankPlan
 
     ranks = None if plan is None else RankPlan.load(plan, allow_edited=allow_edited)
-    rows = _rows(data, Task.classification, text_field, label_field)
+    rows = _rows(data, Task.classification, text_field, label_field, numeric_labels=regression)
     if eval_data is not None:
-        held_out = _rows(eval_data, Task.classification, text_field, label_field)
+        held_out = _rows(eval_data, Task.classification, text_field, label_field, numeric_labels=regression)
     else:
         random.Random(seed).shuffle(rows)
         rows, held_out = rows[len(rows) // 5 :], rows[: len(rows) // 5]
@@ -922,12 +922,24 @@ def _check_matplotlib() -> None:
 
 
 def _rows(
-    path: Path, task: Task, text_fields: Sequence[str], label_field: str | None, samples: int = 0, seed: int = 0
+    path: Path,
+    task: Task,
+    text_fields: Sequence[str],
+    label_field: str | None,
+    samples: int = 0,
+    seed: int = 0,
+    *,
+    numeric_labels: bool = False,
 ) -> list[Row]:
     from sensilora.data import read_rows
 
-    labelled = task is not Task.causal
-    rows = read_rows(path, text_fields=text_fields, label_field=label_field, with_labels=labelled)
+    rows = read_rows(
+        path,
+        text_fields=text_fields,
+        label_field=label_field,
+        with_labels=task is not Task.causal,
+        numeric_labels=numeric_labels,
+    )
     if 0 < samples < len(rows):
         # In the file's order, so that only the choice depends on the seed.
         rows = [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), samples))]

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from sensilora import _files, mixed
 from sensilora.adapters import check_plan, unload
 from sensilora.allocation import allocate, assign_ranks
-from sensilora.data import Row
+from sensilora.data import Row, number
 from sensilora.demo import peak_memory
 from sensilora.errors import DataError, NonFiniteError, OutputExistsError, PlanError, SensiloraError
 from sensilora.integrations.transformers import (
@@ -280,17 +280,7 @@ def _encoded(
     examples = encode_classification(
         tokenizer, [replace(row, label=None) for row in rows], labels=(), max_length=max_length
     )
-    return [example | {"labels": _number(row)} for example, row in zip(examples, rows, strict=True)]
-
-
-def _number(row: Row) -> float:
-    try:
-        value = float(str(row.label))
-    except ValueError as error:
-        raise DataError(f"the label {row.label!r} is no number; leave --regression out for classes") from error
-    if not math.isfinite(value):
-        raise DataError(f"the label {row.label!r} is not finite; remove the row")
-    return value
+    return [example | {"labels": number(row.label)} for example, row in zip(examples, rows, strict=True)]
 
 
 def _opened(folder: Path, settings: Settings, force: bool) -> Path:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import itertools
 import json
+import math
 import os
 import re
 import zlib
@@ -27,11 +28,12 @@ class Row:
 
     Attributes:
         texts: the text, or several (a sentence pair; a prompt and its answer).
-        label: the class as the file names it, a whole number or a string; None where the file has none.
+        label: the class as the file names it, a whole number or a string; for regression a number; None where the
+            file has none.
     """
 
     texts: tuple[str, ...]
-    label: int | str | None = None
+    label: float | str | None = None
 
 
 def read_rows(
@@ -40,6 +42,7 @@ def read_rows(
     text_fields: Sequence[str] = (),
     label_field: str | None = None,
     with_labels: bool = True,
+    numeric_labels: bool = False,
     limit: int | None = None,
 ) -> list[Row]:
     """Read JSONL (``.jsonl``, ``.json``; one object a line), CSV or TSV (``.csv``, ``.tsv``), or else plain text.
@@ -53,6 +56,7 @@ def read_rows(
         text_fields: the fields that hold the text; by default "text". Plain text has none.
         label_field: the field that holds the class, which every row must have. None takes "label" where a row has it.
         with_labels: False reads no labels.
+        numeric_labels: labels are numbers, for regression, and read as floats: 2.5, and also 3 and "2.5".
         limit: read no more rows than this.
 
     Raises:
@@ -72,7 +76,11 @@ def read_rows(
         else:
             records = _objects(path)
         fields = tuple(text_fields) or (DEFAULT_TEXT_FIELD,)
-        rows: Iterator[Row] = (_row(value, where, fields, label_field, with_labels) for value, where in records)
+        label = _number_label if numeric_labels else _class_label
+        rows: Iterator[Row] = (
+            _row(value, where, fields, label(value, where, label_field) if with_labels else None)
+            for value, where in records
+        )
     elif text_fields or label_field:
         raise DataError(
             f"{path} is read as plain text, which has no fields; name a file that ends in .jsonl, .csv or .tsv"
@@ -82,7 +90,22 @@ def read_rows(
     found = list(itertools.islice(rows, limit))
     if not found:
         raise DataError(f"{path} is empty; it must hold at least one row")
-    return _with_whole_labels(found) if kind in _DELIMITERS else found
+    return _with_whole_labels(found) if kind in _DELIMITERS and not numeric_labels else found
+
+
+def number(label: object) -> float:
+    """A label of regression as a number.
+
+    Raises:
+        DataError: it is none, or not finite.
+    """
+    try:
+        value = float(str(label))
+    except ValueError as error:
+        raise DataError(f"the label {label!r} is no number; leave --regression out for classes") from error
+    if not math.isfinite(value):
+        raise DataError(f"the label {label!r} is not finite; remove the row")
+    return value
 
 
 def label_names(rows: Iterable[Row]) -> list[int | str]:
@@ -177,9 +200,7 @@ def _with_whole_labels(rows: list[Row]) -> list[Row]:
     return [row if row.label is None else replace(row, label=int(row.label)) for row in rows]
 
 
-def _row(
-    value: dict[str, Any], where: str, text_fields: Sequence[str], label_field: str | None, with_labels: bool
-) -> Row:
+def _row(value: dict[str, Any], where: str, text_fields: Sequence[str], label: float | str | None) -> Row:
     texts = []
     for field in text_fields:
         if field not in value:
@@ -191,13 +212,11 @@ def _row(
         texts.append(value[field])
     if not any(text.strip() for text in texts):
         raise DataError(f"{where}: field {text_fields[0]!r} is blank; remove the row")
-    return Row(tuple(texts), _label(value, where, label_field) if with_labels else None)
+    return Row(tuple(texts), label)
 
 
-def _label(value: dict[str, Any], where: str, field: str | None) -> int | str | None:
-    if field is not None and field not in value:
-        raise DataError(f"{where}: no field {field!r}; it has {', '.join(value)} (--label-field names it)")
-    label = value.get(DEFAULT_LABEL_FIELD if field is None else field)
+def _class_label(value: dict[str, Any], where: str, field: str | None) -> int | str | None:
+    label = _label(value, where, field)
     if field is None and label is None:
         return None
     if isinstance(label, bool) or not isinstance(label, (int, str)):
@@ -205,3 +224,19 @@ def _label(value: dict[str, Any], where: str, field: str | None) -> int | str | 
             f"{where}: the label {label!r} is {type(label).__name__}; a class is a whole number or a string"
         )
     return label
+
+
+def _number_label(value: dict[str, Any], where: str, field: str | None) -> float | None:
+    label = _label(value, where, field)
+    if field is None and label is None:
+        return None
+    try:
+        return number(label)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _label(value: dict[str, Any], where: str, field: str | None) -> object:
+    if field is not None and field not in value:
+        raise DataError(f"{where}: no field {field!r}; it has {', '.join(value)} (--label-field names it)")
+    return value.get(DEFAULT_LABEL_FIELD if field is None else field)

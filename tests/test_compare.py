@@ -538,10 +538,12 @@ def test_the_command(model, tmp_path, capsys):
     assert "other settings" in err
 
 
-def test_the_command_on_scores_in_a_table(model, tmp_path, capsys):
-    data = tmp_path / "scores.tsv"
-    lines = [f"{text}\tthe film\t{label + 0.25}" for text, label in tiny_models.sentences(20)]
-    data.write_text("\n".join(["one\ttwo\tscore", *lines]) + "\n")
+@pytest.mark.parametrize("kind", ["tsv", "jsonl"])
+def test_the_command_on_scores(model, tmp_path, capsys, kind):
+    data = tmp_path / f"scores.{kind}"
+    rows = [{"one": text, "two": "the film", "score": label + 0.25} for text, label in tiny_models.sentences(20)]
+    lines = ["one\ttwo\tscore", *("\t".join(map(str, row.values())) for row in rows)]
+    data.write_text("\n".join(lines if kind == "tsv" else map(json.dumps, rows)) + "\n")
     fields = ("--text-field", "one", "--text-field", "two", "--label-field", "score")
     code, out, err = command(
         capsys, model, data, "--eval-data", data, "--regression", *fields, "-o", tmp_path / "out", *QUICK_FLAGS

@@ -94,6 +94,48 @@ def test_labels_that_are_no_classes_matter_only_when_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.jsonl", '{"text": "a", "label": 2.5}\n{"text": "b", "label": -3}\n{"text": "c", "label": "1e-1"}\n'),
+        ("data.csv", "text,label\na,2.5\nb,-3\nc,1e-1\n"),
+    ],
+)
+def test_numeric_labels_are_floats(tmp_path, name, content):
+    path = write(tmp_path / name, content)
+    rows = read_rows(path, numeric_labels=True)
+    assert rows == [Row(("a",), 2.5), Row(("b",), -3.0), Row(("c",), 0.1)]
+    assert all(type(row.label) is float for row in rows)
+    assert {row.label for row in read_rows(path, numeric_labels=True, with_labels=False)} == {None}
+
+
+def test_rows_without_a_numeric_label_have_none(tmp_path):
+    path = write(tmp_path / "data.jsonl", '{"text": "a"}\n{"text": "b", "label": null}\n{"text": "c", "label": 1}\n')
+    assert [row.label for row in read_rows(path, numeric_labels=True)] == [None, None, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ('"good"', r"data.jsonl, line 2: the label 'good' is no number; leave --regression out"),
+        ("true", "line 2: the label True is no number"),
+        ("[1]", "line 2: the label \\[1\\] is no number"),
+        ("NaN", "line 2: the label nan is not finite"),
+        ("1e999", "line 2: the label inf is not finite"),
+    ],
+)
+def test_bad_numeric_labels(tmp_path, label, message):
+    path = write(tmp_path / "data.jsonl", '{"text": "x", "label": 1.5}\n{"text": "y", "label": ' + label + "}\n")
+    with pytest.raises(DataError, match=message):
+        read_rows(path, numeric_labels=True)
+    with pytest.raises(DataError, match="line 2: the label None is no number"):
+        read_rows(
+            write(tmp_path / "none.jsonl", '{"text": "x", "score": 1}\n{"text": "y", "score": null}\n'),
+            label_field="score",
+            numeric_labels=True,
+        )
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "data.jsonl is empty"),
