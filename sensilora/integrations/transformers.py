@@ -229,7 +229,7 @@ def encode_classification(
     """Each row's token ids and label, as lists, unpadded; see `classification_batches`."""
     if not rows:
         raise DataError("there are no rows to make batches of; give at least one")
-    index = {label: position for position, label in enumerate(labels)}
+    index: dict[float | str, int] = {label: position for position, label in enumerate(labels)}
     most = max(len(row.texts) for row in rows)
     if most > 2:
         raise DataError(f"classification takes one text or a pair, not {most}; name one or two text fields")
