@@ -1,7 +1,8 @@
 """Which modules of a model are weight matrices to be measured and adapted, and what a model is called.
 
 A weight matrix here is the weight of an ``nn.Linear`` or of transformers' ``Conv1D`` (GPT-2), whose
-weight is stored transposed. Shapes are always given as (out_features, in_features).
+weight is stored transposed. The ``nn.Linear`` may be quantised by bitsandbytes or torchao: its weight is then never
+read here, and its product is left to the library. Shapes are always given as (out_features, in_features).
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sensilora.errors import RankError, TargetError
+
+_DENSE = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 #: Last name components of task heads, which are trained in full and never adapted by "all-linear" (as in PEFT).
 #: "pre_classifier" is the new layer below DistilBERT's classifier.
@@ -35,8 +39,23 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer of bitsandbytes (4-bit, 8-bit), or its weight is a tensor of torchao.
+
+    Told by names, so that neither need be imported. Such a weight may be packed, so that its shape and dtype say
+    nothing about the matrix.
+    """
+    return _is_from("bitsandbytes", module) or _is_from("torchao", module._parameters.get("weight"))
+
+
+def _is_from(library: str, instance: object) -> bool:
+    return any(cls.__module__.startswith(library + ".") for cls in type(instance).__mro__)
+
+
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of an ``nn.Linear`` or ``Conv1D``."""
+    if isinstance(module, nn.Linear) and is_quantised(module):
+        return module.out_features, module.in_features
     rows, columns = module.get_parameter("weight").shape
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 
@@ -82,7 +101,8 @@ def find_targets(model: nn.Module, targets: Targets = "all-linear") -> dict[str,
             full name or a suffix that begins at a dot (as PEFT treats a list).
 
     Raises:
-        TargetError: nothing matches, or an entry of an iterable matches nothing.
+        TargetError: nothing matches, an entry of an iterable matches nothing, or a weight is packed by a library
+            other than bitsandbytes and torchao.
     """
     matrices = {name: module for name, module in model.named_modules() if is_matrix(module)}
     if not matrices:
@@ -107,9 +127,10 @@ def find_targets(model: nn.Module, targets: Targets = "all-linear") -> dict[str,
         found = {name: module for name, module in matrices.items() if name in selected}
     for name, module in found.items():
         weight = module.get_parameter("weight")
-        if not weight.is_floating_point() or weight.dim() != 2:
+        if not is_quantised(module) and (weight.dtype not in _DENSE or weight.dim() != 2):
             raise TargetError(
-                f"the weight of {name} is packed ({weight.dtype}); quantised layers are not supported yet"
+                f"the weight of {name} is packed ({weight.dtype}) in a way that is not known here; of quantised "
+                "layers those of bitsandbytes and torchao are"
             )
     if not found:
         raise TargetError(f"targets {targets!r} match no linear module; {_examples(matrices)}")
@@ -139,10 +160,16 @@ def model_id(model: nn.Module) -> str:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names and shapes of the model's weights, task head left out.
 
-    The same for a model before and after `sensilora.inject`, and for any number of labels; different for
-    another architecture, width, depth or vocabulary. It does not read the weights' values.
+    The same for a model before and after `sensilora.inject`, quantised or not, and for any number of labels;
+    different for another architecture, width, depth or vocabulary. It does not read the weights' values. A quantised
+    weight counts with the shape of its matrix, so that plans serve before and after quantisation.
     """
     heads = head_names(model)
+    packed = {
+        f"{name}.weight": matrix_shape(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear) and is_quantised(module)
+    }
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
         # An adapter layer's lora_A or lora_B, or an entry of a multi-adapter layer's.
@@ -151,7 +178,8 @@ def fingerprint(model: nn.Module) -> str:
         plain = name.replace(".base_layer.", ".")
         if plain.rpartition(".")[0] in heads:
             continue
-        digest.update(f"{plain}:{tuple(parameter.shape)}\n".encode())
+        shape = packed.get(name, tuple(parameter.shape))
+        digest.update(f"{plain}:{shape}\n".encode())
     return digest.hexdigest()
 
 
@@ -169,7 +197,22 @@ def whole_rank(rank: object) -> int:
 
 def first_non_finite_parameter(model: nn.Module) -> str | None:
     """Name of the first parameter or floating-point buffer that holds a NaN or Inf, or None."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    return first_non_finite((*model.named_parameters(), *model.named_buffers()))
+
+
+def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor that holds a NaN or Inf, or None. Of a tensor of torchao the scales are looked at."""
+    for name, tensor in tensors:
+        if not all(bool(torch.isfinite(part).all()) for part in plain_tensors(tensor) if part.dtype in _DENSE):
             return name
     return None
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors inside one of a subclass that wraps several, such as a quantised weight's numbers and scales."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from plain_tensors(getattr(tensor, name))

@@ -40,7 +40,15 @@ from sensilora.sensitivity.report import (
     Variant,
 )
 from sensilora.sensitivity.sweep import Sweep, describe_passes, of_head, parse_bytes, plan_passes
-from sensilora.targets import Targets, find_targets, fingerprint, model_id, stacked_experts, unwrapped
+from sensilora.targets import (
+    Targets,
+    find_targets,
+    fingerprint,
+    first_non_finite,
+    model_id,
+    stacked_experts,
+    unwrapped,
+)
 
 # By name: the class, and which of `calibrate`'s arguments it takes.
 _ESTIMATORS: dict[str, tuple[type[Estimator], tuple[str, ...]]] = {
@@ -380,9 +388,9 @@ def _check_probes(probes: int, min_probes: int, tolerance: float, hvp: str) -> N
 
 def _check_parameters(model: nn.Module) -> None:
     """Found here, a NaN costs one read of the weights; found in a batch, it could hide behind the last target."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise NonFiniteError(f"the parameter {name!r} holds NaN or Inf; the checkpoint is damaged or diverged")
+    name = first_non_finite(model.named_parameters())
+    if name is not None:
+        raise NonFiniteError(f"the parameter {name!r} holds NaN or Inf; the checkpoint is damaged or diverged")
 
 
 def _warn_of_experts(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import sensilora
 from sensilora._files import remove_all_but, write_tensors, write_text
 from sensilora.errors import CalibrationError
+from sensilora.targets import plain_tensors
 
 STATE_FILE = "calibration.json"
 _SUMS = "sums-*.safetensors"
@@ -132,10 +133,14 @@ def _weights(model: nn.Module) -> dict[str, str]:
     """For each parameter and buffer its dtype, shape and the sum of its bit patterns, which is exact in any order."""
     found = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        bits = tensor.detach().reshape(-1).view(_INTEGERS.get(tensor.element_size(), torch.uint8))
-        shape = "x".join(map(str, tensor.shape))
-        found[name] = f"{str(tensor.dtype).removeprefix('torch.')} {shape} {int(bits.sum(dtype=torch.int64))}"
+        found[name] = " ".join(_bits_of(part) for part in plain_tensors(tensor))
     return found
+
+
+def _bits_of(tensor: Tensor) -> str:
+    bits = tensor.detach().reshape(-1).view(_INTEGERS.get(tensor.element_size(), torch.uint8))
+    shape = "x".join(map(str, tensor.shape))
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape} {int(bits.sum(dtype=torch.int64))}"
 
 
 def _name_of(function: Callable[..., Any]) -> str:
