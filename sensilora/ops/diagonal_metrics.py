@@ -95,12 +95,14 @@ def topk_count(m: int, k: float) -> int:
 
 def _reference(diags: list[Tensor], counts: list[int], alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     metrics = [_reference_of_one(diag, count, alpha) for diag, count in zip(diags, counts, strict=True)]
-    trace, topk_mean, effective_rank = (torch.stack(values) for values in zip(*metrics, strict=True))
+    trace, topk_mean, effective_rank = (torch.stack(v).to(diags[0].device) for v in zip(*metrics, strict=True))
     return trace, topk_mean, effective_rank
 
 
 def _reference_of_one(diag: Tensor, count: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     values = diag.double().sort(descending=True).values
+    if torch.are_deterministic_algorithms_enabled():
+        values = values.cpu()  # CUDA's sums of floats in sequence do not repeat bit for bit, and are refused here
     if values.numel() == 0:
         zero = values.new_zeros(())
         return zero, zero.clone(), zero.long()

@@ -78,6 +78,19 @@ def test_extreme_values(on_backend, device, name, alpha):
     check(got, diag, alpha=alpha)
 
 
+def test_deterministic_algorithms(on_backend, device):
+    diags = [torch.rand(4000, device=device, dtype=torch.float64), torch.rand(3, device=device, dtype=torch.float64)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with on_backend(OP, torch.float64):
+            got = diagonal_metrics_batch(diags)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(values.device == diags[0].device for values in got)
+    for diag, metrics in zip(diags, each_of(got), strict=True):
+        check(metrics, diag)
+
+
 def test_empty_gives_zeros(on_backend, device):
     with on_backend(OP, torch.float32):
         got = diagonal_metrics(torch.empty(0, 3, device=device))
