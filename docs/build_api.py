@@ -48,7 +48,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
      [(f"sensilora.ops.{name}", getattr(sensilora.ops, name))
       for name in ("autocorrelation_diag", "autocorrelation_blocks", "fisher_diag", "hutchinson_accumulate",
                    "rademacher", "diagonal_metrics", "diagonal_metrics_batch", "DiagonalMetrics", "lora_linear",
-                   "lora_group", "lora_segments")]
+                   "lora_group", "lora_segments", "lora_update")]
      + [("sensilora.use_backend", sensilora.use_backend)]),
     ("Pictures", "", [("sensilora.plots.plot_ranks", sensilora.plots.plot_ranks),
                       ("sensilora.plots.plot_training", sensilora.plots.plot_training),

@@ -9,6 +9,7 @@ from sensilora.ops.hutchinson import hutchinson_accumulate, rademacher
 from sensilora.ops.lora_group import lora_group
 from sensilora.ops.lora_linear import lora_linear
 from sensilora.ops.lora_segments import lora_segments
+from sensilora.ops.lora_update import lora_update
 
 __all__ = [
     "DiagonalMetrics",
@@ -21,6 +22,7 @@ __all__ = [
     "lora_group",
     "lora_linear",
     "lora_segments",
+    "lora_update",
     "rademacher",
     "use_backend",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,11 @@ def check_operands(
     if any(tensor.device != x.device for tensor in tensors):
         devices = ", ".join(str(tensor.device) for tensor in tensors)
         raise ValueError(f"x, weight, bias, lora_A and lora_B must be on one device, not on {devices}")
-    # torch would lose the tangent without a word: a custom op has no forward-mode formula.
+    check_forward_mode(tensors)
+
+
+def check_forward_mode(tensors: Iterable[Tensor]) -> None:
+    """Raise RuntimeError in forward mode: torch would lose the tangent, as a custom op has no formula for it."""
     if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(
             "an adapter cannot be differentiated in forward mode; use backward, or the plain expression "
