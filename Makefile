@@ -23,7 +23,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     time the ops against their references; results in out/benchmarks/"
 	@echo "make bench-gpu every GPU case; results in benchmarks/results/, tables and plots in docs/benchmarks.md"
-	@echo "make fuzz      random cases of the LoRA ops against fp64, on the GPU if there is one"
+	@echo "make fuzz      random cases of the ops against fp64, on the GPU if there is one"
 	@echo "make sanitize  compute-sanitizer's memcheck, racecheck and initcheck over a small case of every kernel"
 	@echo "make wheel     a wheel with the native extension, in dist/"
 	@echo "make clean     remove what was built, and .venv"

@@ -1,5 +1,6 @@
 """The benchmarks: no speed for a wrong result, which rows there are, the fuzzer, the tables and plots."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -68,7 +69,8 @@ def test_rows_cover_what_is_promised():
     "path", sorted(set(RESULTS.glob("*.json")) - {RESULTS / "orderings.json"}), ids=lambda path: path.stem
 )
 def test_recorded_rows_are_of_cases_that_exist(path):
-    names = {*run.all_cases("cpu" if path.stem.startswith("cpu") else "cuda"), *(f"fuzz/{op}" for op in fuzz.OPS)}
+    names = {*run.all_cases("cpu" if path.stem.startswith("cpu") else "cuda")}
+    names |= {f"fuzz/{op}" for suite in fuzz.SUITES.values() for op in suite.OPS}
     assert {row["id"] for row in json.loads(path.read_text())} <= names
 
 
@@ -130,8 +132,11 @@ def test_ranks_of_the_model_average_eight():
     assert all(len({ranks[name] for name in names[i : i + 7]}) == 7 for i in range(0, len(names), 7))
 
 
-def test_fuzz_finds_nothing(device):
-    assert fuzz.check_chunk(range(140 if device == "cpu" else 70), 0, device) == []
+@pytest.mark.parametrize("suite", fuzz.SUITES)
+def test_fuzz_finds_nothing(device, suite):
+    cases = {"lora": 140 if device == "cpu" else 70, "curvature": 120}[suite]
+    assert {fuzz.op_of(suite, number) for number in range(cases)} == set(fuzz.SUITES[suite].OPS)
+    assert fuzz.check_chunk(suite, range(cases), 0, device) == []
 
 
 def test_fuzz_finds_a_mask_that_backward_does_not_apply(monkeypatch):
@@ -142,9 +147,56 @@ def test_fuzz_finds_a_mask_that_backward_does_not_apply(monkeypatch):
 
     monkeypatch.setitem(_backend._table["lora_linear_backward"], "torch", _backend.Implementation(faulty))
     monkeypatch.setattr(_backend, "why_not", lambda op, name, *_: None if name == "torch" else "not tested here")
-    failures = fuzz.check_chunk(range(20), 0, "cpu")
+    failures = fuzz.check_chunk("lora", range(20), 0, "cpu")
     assert failures
     assert all("times the tolerance" in text for _, text in failures)
+
+
+def joined_sequences(right, x, grad, lengths, convention, out, accumulate):
+    first = lengths[:2].sum().reshape(1)
+    right(x, grad, torch.cat([first, lengths[2:]]), convention, out, accumulate)
+
+
+def last_row_left_out(right, x, mask, out, accumulate):
+    right(x[:-1], None if mask is None else mask[:-1], out, accumulate)
+
+
+def half_a_sign(right, hz, out, seed, offset):
+    right(hz, out, seed, offset & 0xFFFFFFFF)
+
+
+def signs_of_a_short_call(right, out, seed, offset):
+    right(out, seed, offset)
+    out.view(-1)[4000:].fill_(1.0)
+
+
+def one_more_at_ties(right, diags, counts, alpha):
+    trace, topk_mean, effective_rank = right(diags, counts, alpha)
+    ties = torch.tensor([diag.numel() > len(diag.unique()) for diag in diags])
+    return trace, topk_mean, effective_rank + ties
+
+
+def not_the_kth(right, diags, counts, alpha):
+    return right(diags, [max(1, count - 1) for count in counts], alpha)
+
+
+FAULTS = {
+    "fisher_diag": [joined_sequences],
+    "autocorrelation_diag": [last_row_left_out],
+    "hutchinson_accumulate": [half_a_sign],
+    "rademacher": [signs_of_a_short_call],
+    "diagonal_metrics": [one_more_at_ties, not_the_kth],
+}
+
+
+@pytest.mark.parametrize(("op", "fault"), [(op, fault) for op, faults in FAULTS.items() for fault in faults])
+def test_fuzz_finds_a_fault_of(op, fault, monkeypatch):
+    for name, implementation in list(_backend._table[op].items()):
+        faulty = functools.partial(fault, implementation.call)
+        monkeypatch.setitem(_backend._table[op], name, _backend.Implementation(faulty, implementation.dtypes))
+    families = [first for first in range(0, 360, fuzz.FAMILY) if fuzz.op_of("curvature", first).startswith(op)]
+    numbers = [number for first in families[:6] for number in range(first, first + 3)]
+    assert any("times the tolerance" in text for _, text in fuzz.check_chunk("curvature", numbers, 0, "cpu"))
 
 
 def test_fuzz_counts_what_it_checked_and_records_it(tmp_path, monkeypatch):
@@ -152,14 +204,28 @@ def test_fuzz_counts_what_it_checked_and_records_it(tmp_path, monkeypatch):
     assert fuzz.main(["--device", "cpu", "--cases", "70", "--commit", "abc"]) == 0
     (path,) = (tmp_path / "out" / "benchmarks").iterdir()
     rows = {row["id"]: row for row in json.loads(path.read_text())}
-    assert {name: row["cases"] for name, row in rows.items()} == {
+    assert {name: row["cases"] for name, row in rows.items() if row["cases"]} == {
+        "fuzz/autocorrelation_diag": 10,
+        "fuzz/diagonal_metrics": 10,
+        "fuzz/fisher_diag": 40,
+        "fuzz/hutchinson_accumulate": 10,
         "fuzz/lora_group": 10,
         "fuzz/lora_linear": 50,
         "fuzz/lora_segments": 10,
     }
     assert all(row["failures"] == 0 and row["seeds"] == [0] for row in rows.values())
-    done, _ = fuzz.run(200, 0, "cpu", 1, seconds=0.0)
+    done, _ = fuzz.run("curvature", 200, 0, "cpu", 1, seconds=0.0)
     assert len(done) < 200
+
+
+def test_fuzz_repeats_a_case(capsys):
+    assert fuzz.main(["--device", "cpu", "--ops", "curvature", "--case", "12"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("diagonal_metrics [")
+    assert fuzz.main(["--device", "cpu", "--ops", "curvature", "--case", "12"]) == 0
+    assert capsys.readouterr().out == first
+    with pytest.raises(SystemExit):
+        fuzz.main(["--device", "cpu", "--case", "12"])
 
 
 def row(name, ratio, **peers):
