@@ -295,7 +295,6 @@ def _piqa_case(device: str, shape: dict[str, Any], sequences: int) -> Case:
         baseline=lambda: _forward(model, batches),
         errors=lambda: _activation_errors(device, shape, batches[:2], "diagonal"),
         tolerance=1e-5,
-        peers={"plain, logits of one position": lambda: _forward(model, batches, logits_to_keep=1)},
         floor_flops=2 * tokens * _weights(shape)[0],
         peak_memory=True,
     )

@@ -111,11 +111,15 @@ def _product(rows: int, reduced: int, columns: int) -> Callable[[], torch.Tensor
 
 
 def median_ms(functions: list[Callable[[], Any]], device: str, seconds: float = 0.3, rounds: int = 20) -> list[float]:
-    """Median milliseconds of each function, timed in turn, `rounds` times at most and for about `seconds` each."""
+    """Median milliseconds of each function, timed in turn, `rounds` times at most and for about `seconds` each.
+
+    Five rounds at least, or three where one takes more than five seconds.
+    """
     timers = [(_cuda_timer if device == "cuda" else _cpu_timer)(function) for function in functions]
     first = [timer() for timer in timers]
-    rounds = max(5, min(rounds, int(seconds * 1e3 * len(functions) / sum(spent for _, spent in first))))
-    samples = [[timer()[0] for timer in timers] for _ in range(rounds)]
+    round_ms = sum(spent for _, spent in first)
+    rounds = max(3 if round_ms > 5e3 else 5, min(rounds, int(seconds * 1e3 * len(functions) / round_ms)))
+    samples = [[spent for spent, _ in first], *([timer()[0] for timer in timers] for _ in range(rounds - 1))]
     return [statistics.median(column) for column in zip(*samples, strict=True)]
 
 
@@ -141,14 +145,15 @@ _CYCLES_PER_MS = 2_000_000
 
 def _cuda_timer(function: Callable[[], Any]) -> Timer:
     """Device time. The device is kept busy while the calls are queued, so that no launch gap counts."""
-    for _ in range(2):
+    for call in range(3):  # the first two warm up, or the first alone if a call takes seconds
+        torch.cuda.synchronize()
+        start = time.perf_counter()
         function()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    host_ms = (time.perf_counter() - start) * 1e3
-    torch.cuda.synchronize()
-    device_ms = (time.perf_counter() - start) * 1e3
+        host_ms = (time.perf_counter() - start) * 1e3
+        torch.cuda.synchronize()
+        device_ms = (time.perf_counter() - start) * 1e3
+        if call > 0 and device_ms > 1e3:
+            break
     # Short calls are timed several together, since the clock of the events is coarse.
     repeats = max(1, min(10, int(20 / device_ms)))
     queue_cycles = int(min(50.0, 0.1 + 1.5 * repeats * host_ms) * _CYCLES_PER_MS)

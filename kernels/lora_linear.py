@@ -255,6 +255,8 @@ def _lora_product_kernel(
     bias,
     skinny,
     updates,
+    skinny_tiles,
+    update_tiles,
     seeds,
     rows,
     columns,
@@ -289,8 +291,9 @@ def _lora_product_kernel(
 
     left_i (rows, reduced_i); matrix_i (reduced_i, columns), or TRANSPOSED; skinny (rows, stack); updates stacked
     (stack, columns), with DROPOUT masked; with ADD all is added to out. UPDATE says when they are fetched: "early",
-    before the product, "late", after it, both in one block of ranks, or for each of the "parts" in which the tile is
-    stored.
+    before the product, "late", after it, both in one block of ranks, for each of the "parts" in which the tile is
+    stored, or by TMA as a "product" more of skinny_tiles (rows, stack) and update_tiles, stored as the matrices are
+    and scaled already.
     """
     tiles_t, tiles_c = tl.cdiv(rows, BLOCK_T), tl.cdiv(columns, BLOCK_C)
     dtype: tl.constexpr = skinny.dtype.element_ty
@@ -319,7 +322,9 @@ def _lora_product_kernel(
         if UPDATE == "late":
             right = _update_tile(updates, ranks, update_strides_r, update_stride_c, r, c, columns, ALIGNED)
             left = _skinny_tile(skinny, skinny_stride, t, r, rows, stack)
-        if UPDATE != "parts":
+        if UPDATE == "product":
+            total = _accumulate(total, skinny_tiles, update_tiles, first_t, first_c, stack, TRANSPOSED, BLOCK_K)
+        elif UPDATE != "parts":
             total = tl.dot(left, (scale * right).to(dtype), total)
         _store_tile(
             out, total, bias, skinny, skinny_stride, updates, ranks, update_strides_r, update_stride_c, scale, seeds,
@@ -511,6 +516,9 @@ PRODUCTS = 3
 # The largest stack whose update fits the registers beside the accumulator. The cap leaves registers for the passes
 # that run beside the product.
 EARLY_RANK = 32
+# From this stack on the update is one more product by TMA, and the pass that makes h or q is cuBLAS's.
+DENSE_UPDATE = 65
+DENSE_DOWN = 65
 PRODUCT_REGISTERS = 208
 # Elements of the weights from which a product counts as long.
 LONG_PRODUCT = 2**25
@@ -580,6 +588,22 @@ def packed(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return matrix.to(like.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
+def dense_stack(matrices, scale: float, like: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+    """scale * the matrices (rank, other) as one (stack, other) in like's dtype, each padded with zero rows.
+
+    Stored as (other, stack) where `transposed`.
+    """
+    ranks, other = [m.shape[0] for m in matrices], matrices[0].shape[1]
+    shape = (other, stack_size(ranks)) if transposed else (stack_size(ranks), other)
+    new = torch.empty if all(rank % 16 == 0 for rank in ranks) else torch.zeros
+    stored = new(shape, dtype=like.dtype, device=like.device)
+    stack, first = stored.T if transposed else stored, 0
+    for matrix, rank in zip(matrices, ranks, strict=True):
+        torch.mul(matrix, scale, out=stack[first : first + rank])
+        first += padded(rank)
+    return stack
+
+
 def _aligned(matrices: tuple[torch.Tensor, ...]) -> bool:
     """Whether every row of the matrices (rank, other) begins at a multiple of 16 bytes and is contiguous."""
     return all(
@@ -645,6 +669,21 @@ def launch_lora_down(x, matrices, h, scale, threshold, seed, *, beside=False, ov
         launch_reduce([(partial, (h,))])
 
 
+def _down_matrix(matrix, scale, like, beside):
+    """A matrix (rank, other) as `_down` takes it."""
+    if beside and padded(matrix.shape[0]) >= DENSE_DOWN:
+        return dense_stack([matrix], scale, like)
+    return packed(matrix, like)
+
+
+def _down(x, matrix, h, scale, *, beside, overlap):
+    """h = scale * x matrixᵀ, by cuBLAS where it is large."""
+    if beside and h.shape[1] >= DENSE_DOWN:
+        torch.mm(x, matrix.T, out=h)
+    else:
+        launch_lora_down(x, [matrix], h, scale, 0, None, beside=beside, overlap=overlap)
+
+
 @functools.lru_cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
@@ -669,16 +708,23 @@ def product_serves(left: torch.Tensor, matrix: torch.Tensor, rank: int) -> bool:
     )
 
 
+def dense_update(updates, scale: float, like: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """scale * the stacked updates as `launch_lora_product` reads them beside `matrix` (reduced, columns)."""
+    return dense_stack(updates, scale, like, transposed=not _row_major(matrix))
+
+
 def launch_lora_product(
     lefts, matrices, bias, skinny, updates, scale, thresholds, keep_scales, seeds, *, add_to=None
 ):
     """Σ left_i (rows, reduced_i) matrix_i (reduced_i, columns) + bias + scale * skinny (rows, stack) stacked updates.
 
     With a threshold above 0 every update is masked and scaled by its keep_scale first, with one mask for all where
-    there is one seed. `add_to` (rows, columns) is added, in place.
+    there is one seed. `add_to` (rows, columns) is added, in place. `updates` may be what `dense_update` made of them,
+    without a mask; then `scale` is in it.
     """
     rows, columns = lefts[0].shape[0], matrices[0].shape[1]
-    updates = _stackable(updates)
+    dense = isinstance(updates, torch.Tensor)
+    updates = (updates,) if dense else _stackable(updates)
     stack, ranks, strides_r, stride_c = _stack(updates)
     block_t, block_c, block_k, group, warps, stages = PRODUCT_CONFIG
     dropout = any(threshold > 0 for threshold in thresholds)
@@ -694,14 +740,21 @@ def launch_lora_product(
     # No more programs than finish together.
     programs = _cdiv(tiles, _cdiv(tiles, multiprocessors(out.device)))
     block_r = min(64, _bucket(stack if stacks == 1 else max(map(padded, ranks))))
+    if dense:
+        update = "product"
+    else:
+        update = "parts" if dropout or stack > block_r else "early" if stack <= EARLY_RANK else "late"
     _lora_product_kernel[(programs,)](
         *(TensorDescriptor.from_tensor(left, [block_t, block_k]) for left in lefts), *missing,
         *(TensorDescriptor.from_tensor(m.T if transposed else m, shape) for m in matrices), *missing,
         TensorDescriptor.from_tensor(out, [block_t, block_c // parts]),
-        bias, skinny, updates, seeds, rows, columns, *(left.shape[1] for left in lefts), *missing, skinny.stride(0),
+        bias, skinny, updates,
+        TensorDescriptor.from_tensor(skinny, [block_t, block_k]) if dense else None,
+        TensorDescriptor.from_tensor(updates[0].T if transposed else updates[0], shape) if dense else None,
+        seeds, rows, columns, *(left.shape[1] for left in lefts), *missing, skinny.stride(0),
         stack, ranks, strides_r, stride_c, scale, tuple(thresholds), tuple(keep_scales),
         PRODUCTS=len(lefts), HAS_BIAS=bias is not None, DROPOUT=dropout, STACKS=stacks,
-        UPDATE="parts" if dropout or stack > block_r else "early" if stack <= EARLY_RANK else "late",
+        UPDATE=update,
         ALIGNED=_aligned(updates), TRANSPOSED=transposed,
         OVERLAP=overlap, ADD=add_to is not None, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=block_r,
         GROUP=group, PARTS=parts, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS,
@@ -836,9 +889,19 @@ def launch_lora_group(
         for weight, rank in zip(weights, ranks, strict=True)
     ]
     # Before the chain of launches that overlap, and held until its end.
-    updates = [packed(lora_B.T, x) for lora_B in lora_Bs]
+    updates = [
+        dense_update([lora_B.T], scaling, x, weight.T)
+        if serves and padded(rank) >= DENSE_UPDATE
+        else [packed(lora_B.T, x)]
+        for lora_B, scaling, weight, rank, serves in zip(lora_Bs, scalings, weights, ranks, served, strict=True)
+    ]
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     masks = {mask[0][0]: mask for mask in _masks(ranks, thresholds, keep_scales, seeds)} if rows > 0 else {}
+    dense_As = {
+        first: dense_stack([lora_As[i] for i in members], 1.0, x)
+        for first, (members, threshold, *_) in masks.items()
+        if any(served) and not threshold and stack_size([ranks[i] for i in members]) >= DENSE_DOWN
+    }
     side = None if rows == 0 or any(served) else _side_stream(x)
     ys = []
     overlap = False
@@ -849,21 +912,24 @@ def launch_lora_group(
             # A mask is arithmetic, of which a product beside it loses more than the pass takes by itself.
             beside = any(served) and not threshold
             with _on(side):
-                launch_lora_down(
-                    x, adapters, columns, keep_scale, threshold, seed, beside=beside, overlap=overlap and beside
-                )
+                if i in dense_As:
+                    torch.mm(x, dense_As[i].T, out=columns)
+                else:
+                    launch_lora_down(
+                        x, adapters, columns, keep_scale, threshold, seed, beside=beside, overlap=overlap and beside
+                    )
         skinny = h[:, _columns(ranks, [i])]
         overlap = served[i]
         if served[i]:
             product = launch_lora_product(
-                [x], [weights[i].T], biases[i], skinny, [updates[i]], scalings[i], [0], [1.0], None
+                [x], [weights[i].T], biases[i], skinny, updates[i], scalings[i], [0], [1.0], None
             )
             ys.append(product)
         else:
             y = torch.nn.functional.linear(x, weights[i], biases[i])
             if rows > 0 and ranks[i] > 0:
                 _join(side, x)
-                launch_lora_up(y, skinny, [updates[i]], scalings[i], 0, None)
+                launch_lora_up(y, skinny, updates[i], scalings[i], 0, None)
             ys.append(y)
     _join(side, x)
     return ys, h
@@ -912,14 +978,16 @@ def launch_lora_group_backward(
     pending = []
     # Copies first: a launch of another kind between would keep the passes from overlapping. Those that the product
     # reads are held to the end: a pass beside it would else be given their memory for its partial sums.
-    updates = _stackable(lora_As) if fused else ()
+    updates = ()
+    if fused:
+        dense = not any(thresholds) and stack_size(ranks) >= DENSE_UPDATE
+        updates = dense_update(lora_As, 1.0, x, weights[0]) if dense else _stackable(lora_As)
     seeds = None if seeds is None else seeds.contiguous()
+    B_Ts = [_down_matrix(lora_Bs[i].T, scalings[i], x, fused) for i in adapted]
     with _on(side):
-        for i, lora_B_T in [(i, packed(lora_Bs[i].T, x)) for i in adapted]:
+        for i, B_T in zip(adapted, B_Ts, strict=True):
             columns = q[:, _columns(ranks, [i])]
-            launch_lora_down(
-                grads[i], [lora_B_T], columns, scalings[i], 0, None, beside=fused, overlap=fused and i != adapted[0]
-            )
+            _down(grads[i], B_T, columns, scalings[i], beside=fused, overlap=fused and i != adapted[0])
         if not fused:
             for i in adapted:
                 columns = h[:, _columns(ranks, [i])]
@@ -974,15 +1042,18 @@ def _backward_one_by_one(
     q = torch.empty(x.shape[0], stack_size(ranks), dtype=x.dtype, device=x.device)
     masks = _masks(ranks, thresholds, keep_scales, None if seeds is None else seeds.contiguous())
     # Copies first, and held to the end, as in launch_lora_group_backward.
-    updates = [_stackable([a])[0] for a in lora_As]
-    packed_B_Ts = [packed(lora_B.T, x) for lora_B in lora_Bs]
+    updates = [
+        dense_update([a], 1.0, x, weight) if not any(thresholds) and padded(a.shape[0]) >= DENSE_UPDATE else [a]
+        for a, weight in zip(lora_As, weights, strict=True)
+    ]
+    B_Ts = [_down_matrix(lora_B.T, scaling, x, True) for lora_B, scaling in zip(lora_Bs, scalings, strict=True)]
     grad_x, pending = None, []
     for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
         long = weight.numel() >= LONG_PRODUCT
         columns, (members, threshold, keep_scale, seed) = _columns(ranks, [i]), masks[min(i, len(masks) - 1)]
-        launch_lora_down(grad, [packed_B_Ts[i]], q[:, columns], scalings[i], 0, None, beside=True, overlap=i > 0)
+        _down(grad, B_Ts[i], q[:, columns], scalings[i], beside=True, overlap=i > 0)
         grad_x = launch_lora_product(
-            [grad], [weight], None, q[:, columns], [updates[i]], 1.0, [threshold], [keep_scale], seed, add_to=grad_x
+            [grad], [weight], None, q[:, columns], updates[i], 1.0, [threshold], [keep_scale], seed, add_to=grad_x
         )
         if i == members[-1]:
             # As soon as all of q is there that one pass over x, with one mask, can take.

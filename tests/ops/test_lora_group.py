@@ -493,9 +493,12 @@ def test_the_product_reads_biases_and_seeds_of_any_strides(monkeypatch):
     assert all(tensor.is_contiguous() for tensor in read)
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
-@pytest.mark.parametrize("masks", ["none", "shared", "own"])
-def test_hoppers_product_matches_oracle(monkeypatch, on_backend, device, masks, one_by_one, poisoned_empty):
+@pytest.mark.parametrize(
+    ("masks", "one_by_one", "dense"),
+    [(masks, one_by_one, False) for masks in ("none", "shared", "own") for one_by_one in (False, True)]
+    + [("none", False, True), ("none", True, True)],
+)
+def test_hoppers_product_matches_oracle(monkeypatch, on_backend, device, masks, one_by_one, dense, poisoned_empty):
     """Both ways to sum the gradient of x up, with every kind of mask; the interpreter knows tensor descriptors."""
     with on_backend(OP, torch.float16):
         if _backend.forced_backend() != "triton":
@@ -503,6 +506,9 @@ def test_hoppers_product_matches_oracle(monkeypatch, on_backend, device, masks, 
         kernels = pytest.importorskip("sensilora.kernels.lora_linear")
         monkeypatch.setattr(kernels, "product_serves", lambda *args: True)
         monkeypatch.setattr(kernels, "_one_by_one", lambda weights, own_masks: one_by_one)
+        if dense:
+            monkeypatch.setattr(kernels, "DENSE_DOWN", 32)
+            monkeypatch.setattr(kernels, "DENSE_UPDATE", 32)
         group = Group((130,), 72, [(40, 3), (24, 20), (264, 1)], torch.float16, device)
         ps = {"none": 0.0, "shared": 0.25, "own": [0.25, 0.0, 0.5]}[masks]
         count = 3 if masks == "own" else 1

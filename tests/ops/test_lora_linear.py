@@ -415,8 +415,10 @@ def test_triton_product_of_a_group_under_the_interpreter(ranks, masks):
         first += kernels.padded(rank)
     masked = [16384 if masks else 0] * members, [keep_scale(p)] * members, seeds
     for stored in (matrices, [matrix.T.contiguous().T for matrix in matrices]):
-        got = kernels.launch_lora_product(lefts, stored, None, skinny, updates, 1.0, *masked)
-        assert relative_error(got, expected) <= 2 * RELATIVE[torch.float16]
+        forms = [updates] if masks else [updates, kernels.dense_update(updates, 1.0, skinny, stored[0])]
+        for form in forms:
+            got = kernels.launch_lora_product(lefts, stored, None, skinny, form, 1.0, *masked)
+            assert relative_error(got, expected) <= 2 * RELATIVE[torch.float16]
 
 
 @pytest.mark.parametrize("rank", [5, 16, 40, 100])
@@ -429,8 +431,9 @@ def test_triton_product_with_bias_and_scale_under_the_interpreter(rank):
     skinny, update = torch.randn(130, kernels.padded(rank), dtype=torch.float16), torch.randn(264, rank)
     matrix = (torch.randn(64, 264) / 8).half()
     expected = left.double() @ matrix.double() + bias.double() + 0.7 * skinny[:, :rank].double() @ update.double().T
-    got = kernels.launch_lora_product([left], [matrix], bias, skinny, [update.T], 0.7, [0], [1.0], None)
-    assert relative_error(got, expected) <= RELATIVE[torch.float16]
+    for form in ([update.T], kernels.dense_update([update.T], 0.7, left, matrix)):
+        got = kernels.launch_lora_product([left], [matrix], bias, skinny, form, 0.7, [0], [1.0], None)
+        assert relative_error(got, expected) <= RELATIVE[torch.float16]
 
 
 @settings(max_examples=25, deadline=None)
