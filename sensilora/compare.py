@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,23 +33,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sensilora import _files, mixed
-from sensilora.adapters import check_plan, unload
+from sensilora.adapters import check_plan
 from sensilora.allocation import allocate, assign_ranks
 from sensilora.data import Row, number
 from sensilora.demo import peak_memory
 from sensilora.errors import DataError, NonFiniteError, OutputExistsError, PlanError, SensiloraError
 from sensilora.integrations.transformers import (
     accuracy_and_macro_f1,
-    collate,
     encode_classification,
     length_limit,
     load_sequence_classifier,
     load_tokenizer,
     require_fit,
 )
+from sensilora.nn import MultiLoRALinear
+from sensilora.ops import lora_linear, lora_segments
 from sensilora.plan import RankPlan
+from sensilora.sensitivity import SensitivityReport
 from sensilora.sensitivity.calibrate import calibrate
-from sensilora.targets import outermost_heads
+from sensilora.targets import is_conv1d, outermost_heads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,6 +66,9 @@ _SETTINGS_FILE, _PLAN_FILE, _CHECKPOINT_FILE = "settings.json", "plan.json", "ch
 _CALIBRATION_ROWS = 256
 _CALIBRATION_BATCH = 32
 _MAX_GRADIENT_NORM = 1.0  # as transformers' Trainer has it
+# Batches are cut from chunks of so many batches of rows of like length.
+_CHUNK = 8
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,55 @@ class Run:
         """Of the adapter, and of the file with the record."""
         return f"{self.arm}_{self.seed}"
 
+    @property
+    def title(self) -> str:
+        """The arm in words."""
+        return TITLES.get(self.arm, self.arm)
+
+
+class Rows:
+    """Tokenized rows on a device, end to end, of which a batch is put together there without waiting for it.
+
+    Args:
+        examples: of each row, lists of tokens by the model's argument, and the label under "labels".
+        pad_token_id: behind shorter rows of a batch.
+        device: where the tokens are kept.
+
+    Attributes:
+        lengths: tokens of each row.
+        labels: of each row.
+    """
+
+    def __init__(self, examples: Sequence[dict[str, Any]], pad_token_id: int, device: torch.device) -> None:
+        self.lengths = [len(example["input_ids"]) for example in examples]
+        self.labels = [example["labels"] for example in examples]
+        self._padding = {"input_ids": pad_token_id}
+        ends = list(itertools.accumulate(self.lengths))
+        self._starts = torch.tensor([end - length for end, length in zip(ends, self.lengths, strict=True)]).to(device)
+        self._lengths, self._labels = torch.tensor(self.lengths).to(device), torch.tensor(self.labels).to(device)
+        self._tokens = {
+            key: torch.tensor(list(itertools.chain.from_iterable(example[key] for example in examples))).to(device)
+            for key in examples[0]
+            if key != "labels"
+        }
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, places: Tensor, width: int) -> dict[str, Tensor]:
+        """The rows at `places` (int64 on the device), each `width` wide; none may be longer."""
+        column = torch.arange(width, device=places.device)
+        inside = column < self._lengths[places].unsqueeze(1)
+        token = torch.where(inside, self._starts[places].unsqueeze(1) + column, 0)
+        batch = {key: torch.where(inside, of[token], self._padding.get(key, 0)) for key, of in self._tokens.items()}
+        return batch | {"attention_mask": inside.long(), "labels": self._labels[places]}
+
+    def padded(self, places: Sequence[int]) -> dict[str, Tensor]:
+        """The rows at `places`, as wide as the longest of them."""
+        return self.batch(
+            torch.tensor(places, device=self._starts.device), max(self.lengths[place] for place in places)
+        )
+
 
 @dataclass(frozen=True)
 class Task:
@@ -120,19 +175,13 @@ class Task:
 
     model: Any
     settings: Settings
-    train: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
-    pad_token_id: int
+    train: Rows
+    held_out: Rows
 
     @property
     def device(self) -> torch.device:
         """The model's."""
         return self.model.device
-
-    def batch(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """The rows, padded to the longest of them, on the device."""
-        batch = collate(examples, self.pad_token_id)
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
 
 def run_compare(
@@ -225,7 +274,7 @@ def run_compare(
     )
     if checkpoint_every < 1:
         raise SensiloraError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
-    task = _task(settings, rows, eval_rows, dtype)
+    task = prepare(settings, rows, eval_rows, dtype)
     if plan is not None:  # what is wrong with it is told before anything is written
         check_plan(plan, task.model, dict(task.model.named_modules()), strict=True)
         arm_plans(plan, task.settings)
@@ -235,8 +284,8 @@ def run_compare(
     records = _records(folder, plans)
     pending = [run for run in plans if run not in records]
     for group in [[run] for run in pending] if serial else [pending] if pending else []:
-        for run, record in _train(
-            task, {run: plans[run] for run in group}, folder, checkpoint_every, progress
+        for run, record in train(
+            task, {run: plans[run] for run in group}, folder / _CHECKPOINT_FILE, checkpoint_every, progress
         ).items():
             records[run] = record
             _files.write_text(_record_file(folder, run), json.dumps(record, indent=1) + "\n")
@@ -249,7 +298,13 @@ def run_compare(
 # Model, data and folder
 
 
-def _task(settings: Settings, rows: Sequence[Row], eval_rows: Sequence[Row], dtype: torch.dtype | None) -> Task:
+def prepare(settings: Settings, rows: Sequence[Row], eval_rows: Sequence[Row], dtype: torch.dtype | None) -> Task:
+    """The model and the tokenized rows on the device; the settings get what follows from these.
+
+    Raises:
+        DataError: rows lack labels, or have such as do not fit.
+        ModelError: the model does not load.
+    """
     tokenizer = load_tokenizer(settings.model)
     model = _new_model(settings, settings.seed, dtype)
     require_fit(model, tokenizer)
@@ -257,7 +312,9 @@ def _task(settings: Settings, rows: Sequence[Row], eval_rows: Sequence[Row], dty
     train, held_out = (_encoded(tokenizer, part, settings.classes, limit) for part in (rows, eval_rows))
     digest = hashlib.sha256(json.dumps([train, held_out]).encode()).hexdigest()
     settings = replace(settings, max_length=limit, data_digest=digest)
-    return Task(model.to(settings.device), settings, train, held_out, tokenizer.pad_token_id)
+    model = model.to(settings.device)
+    train_rows, held_out_rows = (Rows(part, tokenizer.pad_token_id, model.device) for part in (train, held_out))
+    return Task(model, settings, train_rows, held_out_rows)
 
 
 def _new_model(settings: Settings, seed: int, dtype: torch.dtype | None) -> Any:
@@ -325,17 +382,25 @@ def _plan(task: Task, plan: RankPlan | None, folder: Path, progress: bool) -> Ra
         return RankPlan.load(file)
     if plan is None:
         settings = task.settings
-        drawn = random.Random(settings.seed).sample(task.train, min(_CALIBRATION_ROWS, len(task.train)))
-        drawn.sort(key=lambda example: len(example["input_ids"]))
-        batches = [
-            task.batch(drawn[start : start + _CALIBRATION_BATCH])
-            for start in range(0, len(drawn), _CALIBRATION_BATCH)
-        ]
-        report = calibrate(task.model, batches, seed=settings.seed, progress=progress)
-        budget = settings.average_rank * sum(sum(report[name].shape) for name in report)
-        plan = allocate(report, total_parameters=budget)
+        report = calibrate(task.model, calibration_batches(task), seed=settings.seed, progress=progress)
+        plan = plan_of(report, settings.average_rank)
     plan.save(file)
     return plan
+
+
+def calibration_batches(task: Task, rows: int = _CALIBRATION_ROWS) -> list[dict[str, Tensor]]:
+    """At most so many training rows, drawn with the comparison's first seed, in batches of like length."""
+    drawn = random.Random(task.settings.seed).sample(range(len(task.train)), min(rows, len(task.train)))
+    drawn.sort(key=task.train.lengths.__getitem__)
+    return [
+        task.train.padded(drawn[start : start + _CALIBRATION_BATCH])
+        for start in range(0, len(drawn), _CALIBRATION_BATCH)
+    ]
+
+
+def plan_of(report: SensitivityReport, average_rank: int) -> RankPlan:
+    """The plan for as many parameters as uniform LoRA of this rank has."""
+    return allocate(report, total_parameters=average_rank * sum(sum(report[name].shape) for name in report))
 
 
 def uniform_ranks(plan: RankPlan) -> dict[str, int]:
@@ -384,75 +449,189 @@ def arm_plans(plan: RankPlan, settings: Settings) -> dict[Run, RankPlan]:
 # Training
 
 
-class _Heads(nn.Module):
-    """Each run's own copy of a head, for a batch that holds the rows of one run after those of another."""
+class _Layout:
+    """What the layers of all runs share: whose rows a batch holds.
 
-    def __init__(self, heads: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.runs = nn.ModuleList(heads)
+    Attributes:
+        runs: their number; a batch holds as many rows of each, those of one run after those of another.
+        rows: of the whole batch.
+        only: the one run whose rows the batch holds instead, by its place; None for all.
+    """
+
+    def __init__(self, runs: int) -> None:
+        self.runs, self.rows = runs, 0
         self.only: int | None = None
+        self._segments: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def segments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`offsets` and `adapters` of `sensilora.ops.lora_segments` for x (rows, ..., features): a segment a run.
+
+        Raises:
+            SensiloraError: x's first dimension is not the batch.
+        """
+        if x.shape[0] != self.rows:
+            raise SensiloraError(
+                f"a layer got {x.shape[0]} rows of a batch of {self.rows}, so that it cannot be told which are of "
+                "which run; train one after another with --serial (serial=True)"
+            )
+        each = x.shape[:-1].numel() // self.runs
+        if (each, x.device) not in self._segments:
+            runs = torch.arange(self.runs + 1, device=x.device)
+            self._segments[each, x.device] = runs * each, runs[:-1]
+        return self._segments[each, x.device]
+
+
+class _Stacked(nn.Module):
+    """All runs' adapters of one matrix, in two parameters: an optimiser's step costs what it does for one run.
+
+    Attributes:
+        lora_A: Parameter (Σ ranks, in_features), one run's A below another's.
+        lora_B: Parameter (Σ ranks, out_features), one run's transposed B below another's.
+        own: each run's rows of both.
+    """
+
+    def __init__(self, layer: MultiLoRALinear, names: Sequence[str], layout: _Layout) -> None:
+        super().__init__()
+        self.base_layer, self.layout = layer.base_layer, layout
+        self.weight, self.bias = layer.weight, layer.bias
+        adapters = [layer.adapters.get(name) for name in names]
+        self.ranks = [0 if adapter is None else adapter.rank for adapter in adapters]
+        self.scalings = [0.0 if adapter is None else adapter.scaling for adapter in adapters]
+        self.dropouts = [0.0 if adapter is None else adapter.dropout for adapter in adapters]
+        ends = list(itertools.accumulate(self.ranks))
+        self.own = [slice(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
+        present = [adapter for adapter in adapters if adapter is not None]
+        self.lora_A = nn.Parameter(torch.cat([adapter.lora_A.detach() for adapter in present]))
+        self.lora_B = nn.Parameter(torch.cat([adapter.lora_B.detach().t() for adapter in present]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, ...) of all runs, as many rows each; of the one run where `only` says which."""
+        """(rows, ..., in_features) to (rows, ..., out_features)."""
+        weight = self.weight.t() if is_conv1d(self.base_layer) else self.weight
+        ps = self.dropouts if self.training else [0.0] * len(self.dropouts)
+        only = self.layout.only
+        if only is None:
+            return lora_segments(
+                x, weight, self.bias, self.lora_A, self.lora_B.t(), self.ranks, self.scalings,
+                *self.layout.segments(x), dropout_ps=ps,
+            )  # fmt: skip
+        if self.ranks[only] == 0:
+            return self.base_layer(x)
+        own = self.own[only]
+        lora_A, lora_B = self.lora_A[own], self.lora_B[own].t()
+        return lora_linear(x, weight, self.bias, lora_A, lora_B, self.scalings[only], dropout_p=ps[only])
+
+
+class _Heads(nn.Module):
+    """Each run's own copy of a head."""
+
+    def __init__(self, heads: Sequence[nn.Module], layout: _Layout) -> None:
+        super().__init__()
+        self.runs, self.layout = nn.ModuleList(heads), layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, ...) of all runs, or of the one that the layout says."""
         x = x.to(next(self.runs.parameters()).dtype)
-        if self.only is not None:
-            return self.runs[self.only](x)
+        if self.layout.only is not None:
+            return self.runs[self.layout.only](x)
         return torch.cat([head(part) for head, part in zip(self.runs, x.chunk(len(self.runs)), strict=True)])
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A part of one run: some rows of a parameter, or all of it."""
+
+    parameter: nn.Parameter
+    rows: slice
+
+
+Pieces = Mapping[Run, Mapping[str, _Piece]]
+
+
 @contextmanager
-def _prepared(task: Task, plans: Mapping[Run, RankPlan]) -> Iterator[dict[Run, dict[str, nn.Parameter]]]:
-    """The trainable parameters of each run, whose adapters and heads the model carries inside the block."""
+def _prepared(task: Task, plans: Mapping[Run, RankPlan]) -> Iterator[tuple[_Layout, Pieces]]:
+    """What each run trains, by name. Inside the block the model carries the adapters and heads of all of them."""
     model, settings = task.model, task.settings
+    layout = _Layout(len(plans))
     originals = {name: model.get_submodule(name) for name in outermost_heads(model)}
     dtype = torch.promote_types(model.dtype, torch.float32)
     drawn = {}
     for seed in dict.fromkeys(run.seed for run in plans):
         source = _new_model(settings, seed, model.dtype)
         drawn[seed] = {name: source.get_submodule(name).to(task.device, dtype) for name in originals}
-    heads = {name: _Heads([copy.deepcopy(drawn[run.seed][name]) for run in plans]) for name in originals}
+    heads = {name: _Heads([copy.deepcopy(drawn[run.seed][name]) for run in plans], layout) for name in originals}
     with warnings.catch_warnings():
         # Of a new head being frozen: each run trains its own.
         warnings.filterwarnings("ignore", message="the head .* looks new", category=UserWarning)
         for run, plan in plans.items():
             torch.manual_seed(run.seed)
             mixed.add_adapter(model, run.name, plan, dropout=settings.dropout)
+    names = [run.name for run in plans]
+    found = {name: module for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)}
+    layers = {name: _Stacked(layer, names, layout) for name, layer in found.items()}
+    originals |= {name: layer.base_layer for name, layer in found.items()}
     try:
-        for name, head in heads.items():
-            model.set_submodule(name, head.requires_grad_(True))
-        yield {
-            run: mixed.adapter_parameters(model, run.name)
-            | {
-                f"{name}.{key}": parameter
-                for name, head in heads.items()
-                for key, parameter in head.runs[place].named_parameters()
-            }
-            for place, run in enumerate(plans)
-        }
+        for name, module in (heads | layers).items():
+            model.set_submodule(name, module.requires_grad_(name in heads))
+        for layer in layers.values():
+            layer.lora_A.requires_grad_(True)
+            layer.lora_B.requires_grad_(True)
+        yield (
+            layout,
+            {
+                run: {
+                    f"{name}.{part}": _Piece(getattr(layer, part), layer.own[place])
+                    for name, layer in layers.items()
+                    if layer.ranks[place]
+                    for part in ("lora_A", "lora_B")
+                }
+                | {
+                    f"{name}.{key}": _Piece(parameter, slice(None))
+                    for name, head in heads.items()
+                    for key, parameter in head.runs[place].named_parameters()
+                }
+                for place, run in enumerate(plans)
+            },
+        )
     finally:
         for name, module in originals.items():
             model.set_submodule(name, module)
-        unload(model)
         model.eval()
 
 
-def _train(
-    task: Task, plans: Mapping[Run, RankPlan], folder: Path, checkpoint_every: int, progress: bool
+def train(
+    task: Task,
+    plans: Mapping[Run, RankPlan],
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 200,
+    progress: bool = True,
 ) -> dict[Run, dict[str, Any]]:
-    """Fine-tune these runs side by side, and the record of each."""
+    """Fine-tune these runs side by side, and the record of each.
+
+    Args:
+        task: see `prepare`.
+        plans: the ranks of each run.
+        checkpoint: a file to go on from, and to write every `checkpoint_every` steps; None for none.
+        checkpoint_every: see `checkpoint`.
+        progress: show a bar.
+
+    Raises:
+        NonFiniteError: a loss became NaN or Inf.
+        SensiloraError: the runs do not fit the GPU side by side.
+    """
     settings, runs = task.settings, list(plans)
-    with _prepared(task, plans) as parameters, _enough_memory(), peak_memory(task.device) as peak:
-        state = _State(task, parameters, folder / _CHECKPOINT_FILE)
-        _fit(task, runs, state, checkpoint_every, progress)
-        results = {run: _evaluate(task, runs, run) for run in runs}
-    last_epoch = state.losses[-_steps_an_epoch(task) :].mean(0).tolist()
+    with _prepared(task, plans) as (layout, pieces), _enough_memory(), peak_memory(task.device) as peak:
+        state = _State(task, pieces, checkpoint)
+        _fit(task, layout, state, checkpoint_every, progress)
+        results = {run: _evaluate(task, layout, place) for place, run in enumerate(runs)}
+    last_epoch = state.losses[-(len(state.losses) // settings.epochs) :].mean(0).tolist()
     return {
         run: {
             "arm": run.arm,
             "seed": run.seed,
             "metrics": results[run],
             "adapter_parameters": plans[run].parameters,
-            "head_parameters": sum(p.numel() for p in parameters[run].values()) - plans[run].parameters,
+            "head_parameters": sum(piece.parameter[piece.rows].numel() for piece in pieces[run].values())
+            - plans[run].parameters,
             "training_loss": last_epoch[place],
             "seconds": state.seconds / state.side_by_side,
             "peak_memory_bytes": peak[0],
@@ -478,85 +657,125 @@ def _enough_memory() -> Iterator[None]:
 class _State:
     """What training changes: parameters, AdamW's moments, losses so far. Runs are independent of one another."""
 
-    def __init__(self, task: Task, parameters: Mapping[Run, Mapping[str, nn.Parameter]], file: Path) -> None:
-        self.parameters, self.file = parameters, file
+    def __init__(self, task: Task, pieces: Pieces, file: Path | None) -> None:
+        self.pieces, self.file = pieces, file
+        # Runs whose parameters are stacked name the same ones.
+        unique = {id(piece.parameter): piece.parameter for own in pieces.values() for piece in own.values()}
+        self.parameters = list(unique.values())
         # AdamW is elementwise, so one optimiser is as good as one for each run.
         self.optimizer = torch.optim.AdamW(
-            [parameter for own in parameters.values() for parameter in own.values()],
-            lr=task.settings.learning_rate,
-            weight_decay=task.settings.weight_decay,
+            self.parameters, lr=task.settings.learning_rate, weight_decay=task.settings.weight_decay, fused=True
         )
-        steps = task.settings.epochs * _steps_an_epoch(task)
-        self.losses = torch.zeros(steps, len(parameters), device=task.device)
+        # Which run each row of each parameter is of, all parameters' rows below one another.
+        run_of_row = {key: torch.empty(len(parameter), dtype=torch.int64) for key, parameter in unique.items()}
+        for place, own in enumerate(pieces.values()):
+            for piece in own.values():
+                run_of_row[id(piece.parameter)][piece.rows] = place
+        self._run_of_row = torch.cat(list(run_of_row.values())).to(task.device)
+        self._mine = self._run_of_row == torch.arange(len(pieces), device=task.device).unsqueeze(1)
+        steps = task.settings.epochs * len(_order(task, 0, 0))  # which seed and epoch is all one
+        self.losses = torch.zeros(steps, len(pieces), device=task.device)
         # After a kill some runs may be finished, and these be fewer than trained side by side.
-        self.step, self.seconds, self.side_by_side = 0, 0.0, len(parameters)
-        if file.is_file():
-            self._load()
+        self.step, self.seconds, self.side_by_side = 0, 0.0, len(pieces)
+        if file is not None and file.is_file():
+            self._load(file)
+
+    @torch.no_grad()
+    def update(self, learning_rate: float) -> None:
+        """One step of AdamW, each run's gradient clipped by its own norm."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        squares = torch.cat([gradient.double().square().reshape(len(gradient), -1).sum(1) for gradient in gradients])
+        # Chosen and not multiplied by 0, which would carry one run's NaN to the others.
+        norms = torch.where(self._mine, squares, 0.0).sum(1).sqrt()
+        factors = (_MAX_GRADIENT_NORM / (norms + 1e-6)).clamp(max=1.0)[self._run_of_row]
+        for gradient, own in zip(gradients, factors.split([len(gradient) for gradient in gradients]), strict=True):
+            gradient.mul_(own.to(gradient.dtype).view(-1, *(1 for _ in gradient.shape[1:])))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
 
     def save(self) -> None:
         """Write everything, in one atomic step."""
+        if self.file is None:
+            return
         progress = [self.step, self.seconds, self.side_by_side]
         tensors = {"progress": torch.tensor(progress, dtype=torch.float64)}
-        for place, (run, own) in enumerate(self.parameters.items()):
+        for place, (run, own) in enumerate(self.pieces.items()):
             tensors[f"{run.name}/losses"] = self.losses[:, place]
-            for name, parameter in own.items():
-                tensors[f"{run.name}/{name}"] = parameter
-                for key, value in self.optimizer.state[parameter].items():
-                    tensors[f"{run.name}/{name}/{key}"] = value
+            for name, piece in own.items():
+                state = self.optimizer.state[piece.parameter]
+                tensors[f"{run.name}/{name}"] = piece.parameter[piece.rows]
+                tensors[f"{run.name}/{name}/step"] = state["step"]
+                for key in _MOMENTS:
+                    tensors[f"{run.name}/{name}/{key}"] = state[key][piece.rows]
         _files.write_tensors(self.file, tensors)
 
     @torch.no_grad()
-    def _load(self) -> None:
+    def _load(self, file: Path) -> None:
         try:
-            tensors = load_file(self.file)
+            tensors = load_file(file, device=str(self.losses.device))
         except SafetensorError as error:
-            raise DataError(f"{self.file} is damaged ({error}); remove it to train its runs anew") from error
-        if any(f"{run.name}/losses" not in tensors for run in self.parameters):
+            raise DataError(f"{file} is damaged ({error}); remove it to train its runs anew") from error
+        if any(f"{run.name}/losses" not in tensors for run in self.pieces):
             return  # of a run that was finished
         step, self.seconds, side_by_side = tensors["progress"].tolist()
         self.step, self.side_by_side = int(step), int(side_by_side)
-        for place, (run, own) in enumerate(self.parameters.items()):
-            self.losses[:, place] = tensors[f"{run.name}/losses"].to(self.losses.device)
-            for name, parameter in own.items():
-                parameter.copy_(tensors[f"{run.name}/{name}"])
-                moments = {key: tensors[f"{run.name}/{name}/{key}"] for key in ("exp_avg", "exp_avg_sq")}
-                moments = {key: value.to(parameter.device) for key, value in moments.items()}
-                self.optimizer.state[parameter] = {"step": tensors[f"{run.name}/{name}/step"], **moments}
+        for parameter in self.parameters:
+            self.optimizer.state[parameter] = {key: torch.zeros_like(parameter) for key in _MOMENTS}
+        for place, (run, own) in enumerate(self.pieces.items()):
+            self.losses[:, place] = tensors[f"{run.name}/losses"]
+            for name, piece in own.items():
+                state = self.optimizer.state[piece.parameter]
+                piece.parameter[piece.rows] = tensors[f"{run.name}/{name}"]
+                state["step"] = tensors[f"{run.name}/{name}/step"]
+                for key in _MOMENTS:
+                    state[key][piece.rows] = tensors[f"{run.name}/{name}/{key}"]
 
 
-def _steps_an_epoch(task: Task) -> int:
-    return -(-len(task.train) // task.settings.batch_size)
+def _order(task: Task, seed: int, epoch: int) -> list[list[int]]:
+    """The rows of each batch of an epoch.
+
+    Batches are cut from chunks of rows of like length, which leaves little padding. Which chunk comes when is the
+    same for all seeds, whose rows share a batch when they train side by side; which of its rows is the seed's own.
+    """
+    size, lengths = task.settings.batch_size, task.train.lengths
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    draw, batches = random.Random(f"order of rows {seed} {epoch}"), []
+    for start in range(0, len(by_length), _CHUNK * size):
+        chunk = by_length[start : start + _CHUNK * size]
+        draw.shuffle(chunk)
+        batches += [chunk[first : first + size] for first in range(0, len(chunk), size)]
+    random.Random(f"order of batches {epoch}").shuffle(batches)
+    return batches
 
 
-def _fit(task: Task, runs: Sequence[Run], state: _State, checkpoint_every: int, progress: bool) -> None:
-    model, settings = task.model, task.settings
-    steps, an_epoch = len(state.losses), _steps_an_epoch(task)
+def _fit(task: Task, layout: _Layout, state: _State, checkpoint_every: int, progress: bool) -> None:
+    model, settings, runs = task.model, task.settings, list(state.pieces)
+    steps = len(state.losses)
     warmup = max(1, round(settings.warmup * steps))
-    # Runs of one seed have the same rows, which are collated once.
+    # Runs of one seed have the same rows, which are put together once.
     seeds = list(dict.fromkeys(run.seed for run in runs))
-    places = torch.tensor([seeds.index(run.seed) for run in runs], device=task.device)
+    place_of_run = torch.tensor([seeds.index(run.seed) for run in runs]).to(task.device)
     model.train()
     start, before = time.perf_counter(), state.seconds
     shuffled = -1
     with tqdm(total=steps, initial=state.step, desc=_described(runs), unit="step", disable=not progress) as bar:
         while state.step < steps:
-            epoch, position = divmod(state.step, an_epoch)
+            epoch, position = divmod(state.step, steps // settings.epochs)
             if epoch != shuffled:
-                orders, shuffled = {seed: _order(seed, epoch, len(task.train)) for seed in seeds}, epoch
-            own = slice(position * settings.batch_size, (position + 1) * settings.batch_size)
-            size = len(range(len(task.train))[own])
-            batch = task.batch([task.train[row] for seed in seeds for row in orders[seed][own]])
-            rows = (places[:, None] * size + torch.arange(size, device=task.device)).flatten()
+                orders, shuffled = [_order(task, seed, epoch) for seed in seeds], epoch
+                # One copy an epoch: each would make the host wait for the device.
+                rows = torch.tensor([[row for batch in order for row in batch] for order in orders]).to(task.device)
+                firsts = list(itertools.accumulate(map(len, orders[0]), initial=0))
+            own = rows[:, firsts[position] : firsts[position + 1]]
+            width = max(task.train.lengths[row] for order in orders for row in order[position])
             # Whatever is drawn (dropout) follows from the seed and the step, also after a kill.
             torch.manual_seed(((runs[0].seed << 32) + state.step) % 2**64)
-            losses = _losses(task, runs, {key: value[rows] for key, value in batch.items()})
+            losses = _losses(task, layout, task.train.batch(own[place_of_run].flatten(), width))
             losses.sum().backward()
-            for parameters in state.parameters.values():
-                nn.utils.clip_grad_norm_(parameters.values(), _MAX_GRADIENT_NORM)
-            rate = min((state.step + 1) / warmup, (steps - state.step) / max(steps - warmup, 1))
-            for group in state.optimizer.param_groups:
-                group["lr"] = settings.learning_rate * rate
-            state.optimizer.step()
+            state.update(
+                settings.learning_rate * min((state.step + 1) / warmup, (steps - state.step) / max(steps - warmup, 1))
+            )
             state.optimizer.zero_grad()
             state.losses[state.step] = losses.detach()
             state.step += 1
@@ -571,25 +790,21 @@ def _fit(task: Task, runs: Sequence[Run], state: _State, checkpoint_every: int, 
 def _described(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         return f"training {len(runs)} runs side by side"
-    return f"training {TITLES[runs[0].arm]}, seed {runs[0].seed}"
+    return f"training {runs[0].title}, seed {runs[0].seed}"
 
 
-def _order(seed: int, epoch: int, rows: int) -> list[int]:
-    return random.Random(f"order of rows {seed} {epoch}").sample(range(rows), rows)
-
-
-def _losses(task: Task, runs: Sequence[Run], batch: dict[str, Tensor]) -> Tensor:
+def _losses(task: Task, layout: _Layout, batch: dict[str, Tensor]) -> Tensor:
     """(runs,): the mean loss of each run's rows."""
     labels = batch.pop("labels")
-    # Of one adapter, its name: that is another, faster layer.
-    ids = runs[0].name if len(runs) == 1 else [run.name for run in runs for _ in range(len(labels) // len(runs))]
-    with mixed.adapter_ids(task.model, ids):
-        logits = task.model(**batch).logits
+    layout.rows = len(labels)
+    # One run has another, faster layer.
+    layout.only = 0 if layout.runs == 1 else None
+    logits = task.model(**batch).logits
     if task.settings.classes is None:
         losses = (logits.squeeze(-1) - labels.to(logits.dtype)).square()
     else:
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    return losses.view(len(runs), -1).mean(1)
+    return losses.view(layout.runs, -1).mean(1)
 
 
 def _require_finite(runs: Sequence[Run], state: _State) -> None:
@@ -597,30 +812,25 @@ def _require_finite(runs: Sequence[Run], state: _State) -> None:
     if bad.any():
         step, place = bad.nonzero()[0].tolist()
         raise NonFiniteError(
-            f"training diverged: the loss of {TITLES[runs[place].arm]}, seed {runs[place].seed}, is "
+            f"training diverged: the loss of {runs[place].title}, seed {runs[place].seed}, is "
             f"{float(state.losses[step, place])} at step {step + 1}; lower the learning rate, and pass --force"
         )
 
 
 @torch.inference_mode()
-def _evaluate(task: Task, runs: Sequence[Run], run: Run) -> dict[str, float]:
+def _evaluate(task: Task, layout: _Layout, place: int) -> dict[str, float]:
     """All metrics of one run on the held-out rows."""
-    model = task.model.eval()
-    heads = [module for module in model.modules() if isinstance(module, _Heads)]
-    order = sorted(range(len(task.held_out)), key=lambda row: len(task.held_out[row]["input_ids"]))
+    model, held_out = task.model.eval(), task.held_out
+    order = sorted(range(len(held_out)), key=held_out.lengths.__getitem__)
     # As many rows as in training, which are known to fit.
-    size = task.settings.batch_size * len(runs)
+    size = task.settings.batch_size * layout.runs
+    layout.only = place
     outputs: list[Tensor] = []
-    for head in heads:
-        head.only = runs.index(run)
-    with mixed.adapter_ids(model, run.name):
-        for start in range(0, len(order), size):
-            batch = task.batch([task.held_out[row] for row in order[start : start + size]])
-            del batch["labels"]
-            outputs.append(model(**batch).logits.float())
-    for head in heads:
-        head.only = None
-    gold = [task.held_out[row]["labels"] for row in order]
+    for start in range(0, len(order), size):
+        batch = held_out.padded(order[start : start + size])
+        del batch["labels"]
+        outputs.append(model(**batch).logits.float())
+    gold = [held_out.labels[row] for row in order]
     logits = torch.cat(outputs)
     if task.settings.classes is None:
         return regression_metrics(gold, logits.squeeze(-1).tolist())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from sensilora import compare
+from sensilora import compare, mixed
 from sensilora.allocation import allocate
 from sensilora.cli import main
 from sensilora.compare import (
@@ -32,6 +32,7 @@ from sensilora.compare import (
 )
 from sensilora.data import Row
 from sensilora.errors import DataError, ModelError, NonFiniteError, OutputExistsError, PlanError, SensiloraError
+from sensilora.integrations.transformers import collate
 from sensilora.plan import RankPlan
 from sensilora.targets import find_targets, fingerprint, matrix_shape
 from tests import tiny_models
@@ -194,6 +195,128 @@ def test_a_uniform_plan_is_refused():
 def test_the_permuted_arm_is_left_out_where_it_is_the_plan():
     plan = RankPlan.uniform({"a.q": (8, 8), "a.v": (8, 16)}, 3).with_ranks({"a.q": 6, "a.v": 1})
     assert {run.arm for run in compare.arm_plans(plan, settings())} == {UNIFORM, PLAN}
+
+
+# Training
+
+
+def small_task(model, **changes):
+    return compare.prepare(settings(model=str(model), **changes), rows(40), rows(12, 9), None)
+
+
+def test_rows_make_the_batches_that_collate_makes():
+    examples = [
+        {"input_ids": [2, 7, 3], "token_type_ids": [0, 0, 1], "labels": 1},
+        {"input_ids": [2, 3], "token_type_ids": [0, 1], "labels": 0},
+        {"input_ids": [2, 5, 6, 8, 3], "token_type_ids": [0] * 5, "labels": 1},
+    ]
+    found = compare.Rows(examples, 9, torch.device("cpu"))
+    for places in ([1, 0], [2], [0, 1, 2, 1]):
+        expected = collate([examples[place] for place in places], 9)
+        batch = found.padded(places)
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[key], value) for key, value in expected.items())
+
+
+def test_orders_hold_every_row_once_and_rows_of_like_length_together(model):
+    task = small_task(model, batch_size=2)
+    lengths = task.train.lengths
+    orders = [compare._order(task, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for order in orders:
+        assert sorted(row for batch in order for row in batch) == list(range(40))
+    assert len({str(order) for order in orders}) == 4
+    for first, second in zip(orders[0], orders[2], strict=True):
+        # Of two seeds, batches that come together are from one chunk of 16.
+        assert len(first) == len(second)
+        chunks = [
+            {sorted(range(40), key=lengths.__getitem__).index(row) // 16 for row in batch}
+            for batch in (first, second)
+        ]
+        assert chunks[0] == chunks[1]
+        assert len(chunks[0]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:the head .* looks new:UserWarning")
+def test_stacked_adapters_are_the_mixed_ones(model, device):
+    task = small_task(model, device=device, dropout=0.0)
+    shapes = {name: matrix_shape(module) for name, module in find_targets(task.model).items()}
+    uniform = RankPlan.uniform(shapes, 2, fingerprint=fingerprint(task.model))
+    some = list(shapes)[::2]
+    plans = {
+        Run("a", 0): uniform.with_ranks(dict.fromkeys(some, 3)),
+        Run("b", 0): uniform.with_ranks(dict.fromkeys(some, 0)),
+        Run("c", 1): uniform,
+    }
+    batch = task.train.padded(range(6))
+    labels = batch.pop("labels")
+    with compare._prepared(task, plans) as (layout, pieces):
+        with torch.no_grad():
+            for own in pieces.values():
+                for name, piece in own.items():
+                    if name.endswith("lora_B"):
+                        piece.parameter[piece.rows].normal_()
+        task.model.eval()
+        layout.rows, layout.only = len(labels), None
+        states = {
+            run: {name: piece.parameter[piece.rows].detach().clone() for name, piece in own.items()}
+            for run, own in pieces.items()
+        }
+        together = task.model(**batch).logits.detach()
+        alone = []
+        for place in range(3):
+            layout.only = place
+            alone.append(task.model(**batch).logits.detach()[2 * place : 2 * place + 2])
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert {type(module).__name__ for module in task.model.modules()}.isdisjoint({"_Stacked", "_Heads"})
+    for run, plan in plans.items():
+        mixed.add_adapter(task.model, run.name, plan)
+        for name, parameter in mixed.adapter_parameters(task.model, run.name).items():
+            value = states[run].get(name.removesuffix(f".{run.name}"))
+            if value is not None:
+                parameter.data.copy_(value.t() if "lora_B" in name else value)
+    head = next(iter(compare.outermost_heads(task.model)))
+    for place, run in enumerate(plans):
+        own = {key.removeprefix(head + "."): value for key, value in states[run].items() if key.startswith(head)}
+        task.model.get_submodule(head).load_state_dict(own)
+        with mixed.adapter_ids(task.model, [run.name] * 6), torch.no_grad():
+            expected = task.model(**batch).logits[2 * place : 2 * place + 2]
+        torch.testing.assert_close(together[2 * place : 2 * place + 2], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_run_is_clipped_by_its_own_norm(model):
+    task = small_task(model, weight_decay=0.1)
+    shapes = {name: matrix_shape(module) for name, module in find_targets(task.model).items()}
+    plan = RankPlan.uniform(shapes, 2, fingerprint=fingerprint(task.model))
+    plans = {Run(PLAN, seed): plan for seed in range(3)}
+    with compare._prepared(task, plans) as (_, pieces):
+        state = compare._State(task, pieces, None)
+        draw = torch.Generator().manual_seed(0)
+        sizes = (0.001, 5.0, math.nan)  # below the norm of 1, above it, and a run that diverged
+        theirs = []
+        for parameter in state.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        for size, own in zip(sizes, pieces.values(), strict=True):
+            copies = []
+            for piece in own.values():
+                gradient = size * torch.randn(piece.parameter[piece.rows].shape, generator=draw)
+                piece.parameter.grad[piece.rows] = gradient
+                copies.append(torch.nn.Parameter(piece.parameter[piece.rows].detach().clone()))
+                copies[-1].grad = gradient.clone()
+            torch.nn.utils.clip_grad_norm_(copies, 1.0)
+            torch.optim.AdamW(copies, lr=0.01, weight_decay=0.1).step()
+            theirs.append(copies)
+        state.update(0.01)
+        for own, copies in zip(list(pieces.values())[:2], theirs, strict=False):
+            for piece, expected in zip(own.values(), copies, strict=True):
+                torch.testing.assert_close(piece.parameter[piece.rows], expected, rtol=1e-5, atol=1e-7)
+        assert all(piece.parameter[piece.rows].isnan().all() for piece in pieces[Run(PLAN, 2)].values())
+
+
+def test_a_layer_that_does_not_see_the_batch_is_told(model):
+    layout = compare._Layout(2)
+    layout.rows = 6
+    with pytest.raises(SensiloraError, match=r"a layer got 4 rows of a batch of 6.*--serial"):
+        layout.segments(torch.zeros(4, 3))
 
 
 # Whole comparisons
@@ -363,7 +486,7 @@ def test_regression(model, tmp_path):
     def scored(count, seed):
         return [Row(row.texts, f"{5 * int(row.label) + 0.5}") for row in rows(count, seed)]
 
-    options = {**QUICK, "classes": None, "epochs": 10, "learning_rate": 2e-2, "batch_size": 16}
+    options = {**QUICK, "classes": None, "epochs": 20, "learning_rate": 2e-2, "batch_size": 16}
     found = run_compare(tmp_path / "out", model, scored(64, 0), scored(30, 9), **options)
     assert found.settings.metric == "pearson"
     assert np.mean(found.values(PLAN)) > 0.35
