@@ -14,7 +14,8 @@ PREPARE = @$(PY) .ci/prepare.py --torch "$(TORCH)"
 PYTHON = .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint bench bench-gpu fuzz sanitize wheel clean
+.PHONY: help demo test test-gpu lint bench bench-gpu fuzz sanitize sanitize-memcheck sanitize-racecheck \
+    sanitize-initcheck compiled-kernels wheel clean
 
 help:
 	@echo "make demo      calibrate, allocate, fine-tune and compare on real data; results in out/demo/"
@@ -24,7 +25,7 @@ help:
 	@echo "make bench     time the ops against their references; results in out/benchmarks/"
 	@echo "make bench-gpu every GPU case; results in benchmarks/results/, tables and plots in docs/benchmarks.md"
 	@echo "make fuzz      random cases of the ops against fp64, on the GPU if there is one"
-	@echo "make sanitize  compute-sanitizer's memcheck, racecheck and initcheck over a small case of every kernel"
+	@echo "make sanitize  compute-sanitizer's memcheck, racecheck and initcheck over small cases of every kernel; -j3: at once"
 	@echo "make wheel     a wheel with the native extension, in dist/"
 	@echo "make clean     remove what was built, and .venv"
 	@echo "Variables: PY=python3 (interpreter), TORCH=torch==2.13.0 (where it has no torch), ARGS= (passed on)"
@@ -63,17 +64,23 @@ fuzz:
 # The first run compiles the kernels, which is slow under the sanitizer. torch's allocator is turned off because it
 # would hide an access behind the end of a tensor. What is reported in other kernels than ours does not count: some of
 # torch's read memory that nobody wrote, and throw it away.
-KERNELS = lora|segments|autocorrelation|metrics|_reduce_kernel
-sanitize:
+# Those in C++ are all in the namespace sensilora.
+KERNELS = sensilora::|lora|segments|autocorrelation|fisher|hutchinson|rademacher|metrics|_reduce_kernel
+SANITIZERS = memcheck racecheck initcheck
+# For logs. Parts run side by side need a folder each: make -j3 sanitize ARGS="-k fisher" LOGS=out/fisher
+LOGS ?= out
+sanitize: $(SANITIZERS:%=sanitize-%)
+
+compiled-kernels:
 	$(PREPARE) --extras test
 	$(PYTHON) -m pytest -q tests/test_sanitize.py $(ARGS)
-	mkdir -p out
-	for tool in memcheck racecheck initcheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --log-file out/$$tool.log \
-	        $(PYTHON) -m pytest -q tests/test_sanitize.py $(ARGS) || exit 1; \
-	    tail -n 1 out/$$tool.log; \
-	    ! grep -E ' at .*($(KERNELS))' out/$$tool.log || exit 1; \
-	done
+
+$(SANITIZERS:%=sanitize-%): sanitize-%: compiled-kernels
+	mkdir -p $(LOGS)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $* --log-file $(LOGS)/$*.log \
+	    $(PYTHON) -m pytest -q tests/test_sanitize.py $(ARGS)
+	tail -n 1 $(LOGS)/$*.log
+	! grep -E ' at .*($(KERNELS))' $(LOGS)/$*.log
 
 wheel:
 	$(PREPARE)

@@ -102,6 +102,23 @@ def test_kernels_are_reached_through_the_package():
     assert importlib.util.find_spec("sensilora.kernels.autocorrelation_diag") is not None
 
 
+@cloned
+def test_the_sanitizer_counts_what_is_found_in_every_kernel():
+    ours = re.compile(re.search(r"^KERNELS = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1])
+    triton = [
+        name
+        for path in (ROOT / "kernels").glob("*.py")
+        for name in re.findall(r"def (\w+_kernel)\(", path.read_text())
+    ]
+    assert len(triton) >= 20
+    assert [name for name in triton if not ours.search(f"at {name}")] == []
+    for path in (ROOT / "csrc").glob("*.cu*"):
+        text = path.read_text()
+        assert "__global__" not in text or text.index("namespace sensilora {") < text.index("__global__"), path
+    assert ours.search("at void sensilora::signs_kernel<float, double>")
+    assert not ours.search("at void at::native::reduce_kernel<512, 1>")
+
+
 @dataclass(frozen=True)
 class Packed:
     """What the tracked files were packed into: archives, and the names of the files in them."""

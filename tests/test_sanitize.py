@@ -167,20 +167,45 @@ def test_autocorrelation_diag(backend, columns, dtype):
     assert relative_error(masked, x[mask].double().square().sum(0)) <= 1e-5
 
 
+# Sizes of in and out: odd ones, those of wide loads, whole tiles, those that TMA serves on Hopper.
+ODD, WIDE, WHOLE, BY_TMA = (77, 43), (136, 72), (192, 128), (136, 264)
+
+
 @pytest.mark.parametrize("mode", CONVENTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("features", [(77, 43), (136, 72), (136, 264)])
-@pytest.mark.parametrize("backend", ["triton", "native"])
-def test_fisher_diag(backend, mode, dtype, features):
+@pytest.mark.parametrize(
+    ("backend", "dtype", "features", "adds"),
+    [
+        ("triton", torch.float32, ODD, False),
+        ("triton", torch.float32, ODD, True),
+        ("triton", torch.float32, WIDE, False),
+        ("triton", torch.float32, WHOLE, False),
+        ("triton", torch.bfloat16, ODD, False),
+        ("triton", torch.bfloat16, WIDE, False),
+        ("triton", torch.bfloat16, BY_TMA, False),
+        ("triton", torch.bfloat16, BY_TMA, True),
+        ("triton", torch.float16, BY_TMA, False),
+        ("native", torch.float32, ODD, False),
+        ("native", torch.float32, WIDE, True),
+        ("native", torch.bfloat16, ODD, False),
+        ("native", torch.bfloat16, WIDE, True),
+        ("native", torch.float16, ODD, False),
+        ("native", torch.float16, WIDE, False),
+        ("native", torch.float64, ODD, False),
+    ],
+)
+def test_fisher_diag(backend, mode, dtype, features, adds):
     reason = _backend.why_not("fisher_diag", backend, DEVICE, dtype)
     if reason is not None:
         pytest.skip(reason)
-    lengths = [40, 1, 0, 260]
+    lengths = [301] if adds else [40, 1, 0, 260]
     x, g = (torch.randn(301, size).to(dtype) for size in features)
+    out = torch.rand(features[::-1]) if adds else None
     with use_backend(backend), filled_memory() if min(features) >= 128 else contextlib.nullcontext():
-        got = fisher_diag(x.to(DEVICE), g.to(DEVICE), mode=mode, lengths=lengths)
+        held = out if out is None else out.to(DEVICE, copy=True)
+        got = fisher_diag(x.to(DEVICE), g.to(DEVICE), mode=mode, lengths=lengths, out=held)
     with use_backend("torch"):
-        expected = fisher_diag(x.double(), g.double(), mode=mode, lengths=lengths)
+        held = out if out is None else out.double()
+        expected = fisher_diag(x.double(), g.double(), mode=mode, lengths=lengths, out=held)
     assert relative_error(got, expected) <= 1e-5
 
 
