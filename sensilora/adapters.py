@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from sensilora import _files
 from sensilora.allocation import TIE_PRESETS
 from sensilora.errors import AdapterError, PlanError
-from sensilora.nn import LoRAAdapter, MultiLoRALinear, SharedInput, VarRankLoRALinear
+from sensilora.nn import LoRAAdapter, MultiLoRALinear, SharedInput, VarRankLoRALinear, check_mergeable
 from sensilora.plan import RankPlan
 from sensilora.sensitivity.batches import is_encoder_decoder
 from sensilora.sensitivity.head import untrained_heads
-from sensilora.targets import fingerprint, is_conv1d, is_matrix, matrix_shape, model_id
+from sensilora.targets import fingerprint, is_conv1d, is_matrix, is_quantised, matrix_shape, model_id
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -181,6 +181,7 @@ def _share_inputs(model: nn.Module) -> None:
             for names in families:
                 children = [parent._modules.get(name) for name in names]
                 layers = [child for child in children if isinstance(child, VarRankLoRALinear)]
+                layers = [layer for layer in layers if not is_quantised(layer.base_layer)]
                 # An encoder of another width may feed key and value.
                 width = layers[-1].in_features if layers else 0
                 layers = [layer for layer in layers if layer.in_features == width]
@@ -212,22 +213,23 @@ def merge(model: Model) -> Model:
     Follow with `unload` to get the plain model with the updates in it. Returns `model`.
 
     Raises:
-        AdapterError: the model carries no adapter, or a weight to be merged is shared with another module, whose
-            function would change too.
+        AdapterError: the model carries no adapter, a weight to be merged is quantised, or it is shared with another
+            module, whose function would change too. The model is then as it was.
     """
     layers = _required_layers(model)
-    check_unshared(model, layers)
+    check_all_mergeable(model, layers)
     for layer in layers.values():
         layer.merge()
     return model
 
 
-def check_unshared(model: nn.Module, layers: Mapping[str, VarRankLoRALinear | MultiLoRALinear]) -> None:
-    """Raise AdapterError if another module uses the weight of one of these layers."""
+def check_all_mergeable(model: nn.Module, layers: Mapping[str, VarRankLoRALinear | MultiLoRALinear]) -> None:
+    """Raise AdapterError if the weight of one of these layers is quantised, or another module uses it."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
+        check_mergeable(layer.base_layer, name)
         shared = [owner for owner in owners[id(layer.weight)] if owner != f"{name}.base_layer.weight"]
         if shared and any(model.get_submodule(owner.rpartition(".")[0]) is not layer.base_layer for owner in shared):
             raise AdapterError(f"the weight of {name} is shared with {shared[0]}, which merging would change too")

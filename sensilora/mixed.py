@@ -24,9 +24,9 @@ from sensilora.adapters import (
     CONFIG_FILE,
     Model,
     adapter_layers,
+    check_all_mergeable,
     check_fit,
     check_plan,
-    check_unshared,
     matching_modules,
     read_adapter,
     replace_modules,
@@ -257,11 +257,11 @@ def merge(model: Model, adapter: str) -> Model:
     Returns `model`.
 
     Raises:
-        AdapterError: the model has no such adapter, or a weight to be merged is shared with another module, whose
-            function would change too.
+        AdapterError: the model has no such adapter, a weight to be merged is quantised, or it is shared with another
+            module, whose function would change too.
     """
     layers = _layers_of(model, adapter)
-    check_unshared(model, layers)
+    check_all_mergeable(model, layers)
     for layer in layers.values():
         layer.merge(adapter)
     _routing(model).remove(adapter)

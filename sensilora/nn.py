@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sensilora.errors import AdapterError, RankError
-from sensilora.ops import lora_group, lora_linear, lora_segments
+from sensilora.ops import lora_group, lora_linear, lora_segments, lora_update
 from sensilora.ops._lora import autocast_dtype, draw_seeds
-from sensilora.targets import is_conv1d, is_matrix, matrix_shape, whole_rank
+from sensilora.targets import is_conv1d, is_matrix, is_quantised, matrix_shape, whole_rank
 
 INITS = ("kaiming", "gaussian")
 
@@ -26,13 +26,14 @@ class VarRankLoRALinear(nn.Module):
     requiring gradients. Source: LoRA (Hu et al. 2021), eq. 3.
 
     Args:
-        base_layer: ``nn.Linear``, or transformers' ``Conv1D`` (weight stored transposed). Kept as ``base_layer``.
+        base_layer: ``nn.Linear``, or transformers' ``Conv1D`` (weight stored transposed). Kept as ``base_layer``. One
+            that bitsandbytes or torchao quantised is called for its product and cannot be merged into.
         rank: 0 to min(in_features, out_features). Rank 0 is the base layer alone.
         scaling: s, the effective scale (alpha / rank in PEFT's terms).
         dropout: probability of dropping an element of the adapter's input while training.
         init: lora_A's initialisation: ``"kaiming"`` (uniform, a = √5, as PEFT's default) or ``"gaussian"``
             (standard deviation 1 / rank).
-        adapter_dtype: dtype of lora_A and lora_B. None: fp32 over a 16-bit base, else the base's dtype.
+        adapter_dtype: dtype of lora_A and lora_B. None: fp32 over a 16-bit or quantised base, else the base's dtype.
 
     Attributes:
         lora_A: Parameter (rank, in_features).
@@ -68,7 +69,7 @@ class VarRankLoRALinear(nn.Module):
         self.init = init
         self.merged = False
         self.base_layer = base_layer.requires_grad_(False)
-        adapter_dtype = adapter_dtype or _adapter_dtype(self.weight)
+        adapter_dtype = adapter_dtype or _adapter_dtype(base_layer)
         self.lora_A = self._parameter(rank, self.in_features, adapter_dtype)
         self.lora_B = self._parameter(self.out_features, rank, adapter_dtype)
         self.reset_parameters()
@@ -105,9 +106,7 @@ class VarRankLoRALinear(nn.Module):
                 return y
         if not self.adapts:
             return self.base_layer(x)
-        weight = self.weight.t() if is_conv1d(self.base_layer) else self.weight
-        dropout_p = self.dropout if self.training else 0.0
-        return lora_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout_p=dropout_p)
+        return _adapted(self, x, self.lora_A, self.lora_B, self.scaling, self.dropout if self.training else 0.0)
 
     def delta_weight(self) -> Tensor:
         """s B A, (out_features, in_features), in fp32 (fp64 for fp64 adapters)."""
@@ -118,6 +117,9 @@ class VarRankLoRALinear(nn.Module):
         """Add s B A to the base weight, so that the layer costs what the base layer does.
 
         The sum is formed in fp32 and rounded once to the base's dtype. Merging a merged layer does nothing.
+
+        Raises:
+            AdapterError: the base is quantised.
         """
         if not self.merged:
             self._add_to_base(1.0)
@@ -191,8 +193,24 @@ def _checked_rank(rank: int, base_layer: nn.Module) -> int:
     return rank
 
 
-def _adapter_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float32 if weight.dtype.itemsize == 2 else weight.dtype
+def _adapter_dtype(base_layer: nn.Module) -> torch.dtype:
+    dtype = base_layer.get_parameter("weight").dtype
+    return torch.float32 if dtype.itemsize == 2 or is_quantised(base_layer) else dtype
+
+
+def _adapted(
+    layer: VarRankLoRALinear | MultiLoRALinear,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    """base(x) + s (drop(x) Aᵀ) Bᵀ."""
+    if is_quantised(layer.base_layer):
+        return lora_update(layer.base_layer(x), x, lora_A, lora_B, scaling, dropout_p=dropout_p)
+    weight = layer.weight.t() if is_conv1d(layer.base_layer) else layer.weight
+    return lora_linear(x, weight, layer.bias, lora_A, lora_B, scaling, dropout_p=dropout_p)
 
 
 def _draw(lora_A: Tensor, init: str) -> None:
@@ -210,8 +228,18 @@ def _delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
 
 
+def check_mergeable(base_layer: nn.Module, name: str = "the base layer") -> None:
+    """Raise AdapterError unless an update can be added to the layer's weight."""
+    if is_quantised(base_layer):
+        raise AdapterError(
+            f"the weight of {name} is quantised, so a merged update would be rounded to its few levels; save the "
+            "adapter, load it over the unquantised model and merge there"
+        )
+
+
 def _add_to(base_layer: nn.Module, delta: Tensor) -> None:
     """Add delta (out, in) to the weight, rounding once to the weight's dtype."""
+    check_mergeable(base_layer)
     weight = base_layer.get_parameter("weight")
     if is_conv1d(base_layer):
         delta = delta.t()
@@ -256,6 +284,7 @@ def _joint(layers: Sequence[VarRankLoRALinear], x: Tensor, *, shared_dropout_mas
             or layer._backward_hooks
             or layer._backward_pre_hooks
             or not layer.adapts
+            or is_quantised(layer.base_layer)
             or layer.in_features != layers[0].in_features
             or layer.weight.dtype != weight.dtype
             or layer.weight.device != x.device
@@ -279,8 +308,8 @@ class VarRankLoRAGroup(nn.Module):
 
     Gives what the layers give one by one, in fewer passes over the input and with one gradient of it. Layers without
     an adapter (merged, or of rank 0) are served by their base. Where the rest cannot be computed together (they
-    differ in dtype, device or in_features, or carry hooks), each is called for itself. A model's own q, k, v or gate,
-    up need no such module: see `sensilora.inject`.
+    differ in dtype, device or in_features, carry hooks or are quantised), each is called for itself. A model's own
+    q, k, v or gate, up need no such module: see `sensilora.inject`.
 
     Args:
         layers: one or more `VarRankLoRALinear`. Kept as ``layers``.
@@ -735,7 +764,7 @@ class MultiLoRALinear(nn.Module):
         if name in self.lora_A:
             raise AdapterError(f"there is an adapter {name!r} already; delete it first, or choose another name")
         self.routing.add(name)
-        dtype, device = adapter_dtype or _adapter_dtype(self.weight), self.weight.device
+        dtype, device = adapter_dtype or _adapter_dtype(self.base_layer), self.weight.device
         self.lora_A[name] = nn.Parameter(torch.zeros(rank, self.in_features, dtype=dtype, device=device))
         self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=device))
         _draw(self.lora_A[name], init)
@@ -757,22 +786,25 @@ class MultiLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ..., in_features) to (batch, ..., out_features)."""
-        weight = self.weight.t() if is_conv1d(self.base_layer) else self.weight
         name = self.routing.for_all()
         if name is not None:
             if name not in self.lora_A or self.lora_A[name].shape[0] == 0:
                 return self.base_layer(x)
             p = self.dropout[name] if self.training else 0.0
-            return lora_linear(
-                x, weight, self.bias, self.lora_A[name], self.lora_B[name], self.scaling[name], dropout_p=p
-            )
+            return _adapted(self, x, self.lora_A[name], self.lora_B[name], self.scaling[name], p)
         # Every adapter of the model has an entry, so that ids need no translation from layer to layer.
         names = self.routing.names
         ranks = [self.lora_A[name].shape[0] if name in self.lora_A else 0 for name in names]
         if not any(ranks):
             return self.base_layer(x)
         own = [name for name, rank in zip(names, ranks, strict=True) if rank > 0]
+        if is_quantised(self.base_layer):
+            raise AdapterError(
+                "over a quantised layer a batch takes one adapter, by its name: "
+                "sensilora.mixed.set_adapter_ids(model, 'name'); for one a sample load the model unquantised"
+            )
         offsets, ids = self.routing.segments(x)
+        weight = self.weight.t() if is_conv1d(self.base_layer) else self.weight
         return lora_segments(
             x,
             weight,
@@ -803,7 +835,7 @@ class MultiLoRALinear(nn.Module):
         The base layer under all other adapters changes with it. The sum is formed in fp32 and rounded once.
 
         Raises:
-            AdapterError: the layer has no adapter of that name.
+            AdapterError: the layer has no adapter of that name, or its base is quantised.
         """
         _add_to(self.base_layer, self.delta_weight(name))
         self.delete_adapter(name)

@@ -45,11 +45,10 @@ def is_quantised(module: nn.Module) -> bool:
     Told by names, so that neither need be imported. Such a weight may be packed, so that its shape and dtype say
     nothing about the matrix.
     """
-    return _is_from("bitsandbytes", module) or _is_from("torchao", module._parameters.get("weight"))
-
-
-def _is_from(library: str, instance: object) -> bool:
-    return any(cls.__module__.startswith(library + ".") for cls in type(instance).__mro__)
+    if any(cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__):
+        return True
+    weight = module._parameters.get("weight")
+    return type(weight) is not nn.Parameter and type(weight).__module__.startswith("torchao.")
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
