@@ -511,14 +511,18 @@ REDUCE_BLOCK = 256
 PRODUCT_CONFIG = (128, 256, 64, 8, 8, 3)
 PRODUCT_PARTS = (2, 4)
 PRODUCT_MIN_ROWS = 2048
-PRODUCT_MAX_RANK = 128
+# The largest rank of an update that it takes as one more product, or else, as with a mask of its own.
+PRODUCT_MAX_RANK = 512
+PRODUCT_MAX_BLOCK_RANK = 128
 PRODUCTS = 3
 # The largest stack whose update fits the registers beside the accumulator. The cap leaves registers for the passes
 # that run beside the product.
 EARLY_RANK = 32
-# From this stack on the update is one more product by TMA, and the pass that makes h or q is cuBLAS's.
-DENSE_UPDATE = 65
+# From these stacks on an update without a mask is one more product by TMA, and the passes that make h and q, and dA and
+# dB, are cuBLAS's.
+DENSE_UPDATE = 64
 DENSE_DOWN = 65
+DENSE_OUTER = 129
 PRODUCT_REGISTERS = 208
 # Elements of the weights from which a product counts as long.
 LONG_PRODUCT = 2**25
@@ -695,13 +699,16 @@ def _row_major(matrix: torch.Tensor) -> bool:
     return matrix.stride(1) == 1 and matrix.stride(0) * itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
-def product_serves(left: torch.Tensor, matrix: torch.Tensor, rank: int) -> bool:
-    """Whether `launch_lora_product` can compute left matrix + ..., and was measured to beat cuBLAS plus a pass."""
+def product_serves(left: torch.Tensor, matrix: torch.Tensor, rank: int, dense: bool = False) -> bool:
+    """Whether `launch_lora_product` can compute left matrix + ..., and was measured to beat cuBLAS plus a pass.
+
+    `dense`: a large update may be one more product.
+    """
     return (
         _is_hopper(left.device)
         and left.dtype in (torch.bfloat16, torch.float16)
         and left.shape[0] >= PRODUCT_MIN_ROWS
-        and rank <= PRODUCT_MAX_RANK
+        and rank <= (PRODUCT_MAX_RANK if dense else PRODUCT_MAX_BLOCK_RANK)
         and matrix.shape[1] * left.element_size() % 16 == 0
         and _row_major(left)
         and (_row_major(matrix) or _row_major(matrix.T))
@@ -789,6 +796,9 @@ def launch_lora_outer(left, skinny, outs, scale, threshold, seed, *, update=None
     """
     rows, columns = left.shape
     stack, ranks, strides_r, stride_c = _stack(outs)
+    if overlap and not threshold and stack >= DENSE_OUTER:
+        _dense_outer(left, skinny, outs, scale)
+        return []
     grad_x, matrices = (None, outs) if update is None else (update[0], _stackable(update[1]))
     _, _, matrix_strides_r, matrix_stride_c = _stack(matrices)
     name = "outer_dropout" if threshold else "outer"
@@ -814,6 +824,15 @@ def launch_lora_outer(left, skinny, outs, scale, threshold, seed, *, update=None
         num_warps=warps, num_stages=stages, **_overlapping(overlap),
     )  # fmt: skip
     return [] if partial is None else [(partial, outs)]
+
+
+def _dense_outer(left, skinny, outs, scale):
+    """`launch_lora_outer` by cuBLAS, where a block of ranks less than all would read left several times."""
+    product = torch.mm(skinny.T, left, out_dtype=torch.float32)
+    first = 0
+    for out in outs:
+        torch.mul(product[first : first + out.shape[0]], scale, out=out)
+        first += padded(out.shape[0])
 
 
 def stack_size(ranks) -> int:
@@ -885,7 +904,7 @@ def launch_lora_group(
     rows = x.shape[0]
     h = torch.empty(rows, stack_size(ranks), dtype=x.dtype, device=x.device)
     served = [
-        rows > 0 and rank > 0 and product_serves(x, weight.T, rank)
+        rows > 0 and rank > 0 and product_serves(x, weight.T, rank, True)
         for weight, rank in zip(weights, ranks, strict=True)
     ]
     # Before the chain of launches that overlap, and held until its end.
@@ -961,10 +980,14 @@ def launch_lora_group_backward(
         for gradient in (*grad_As, *grad_Bs):
             gradient.zero_()
         return _base_grad_x(grads, weights) if need_grad_x else x.new_empty(0), grad_As, grad_Bs
+    dense = not any(thresholds)
     fused = (
         need_grad_x
         and len(grads) <= PRODUCTS
-        and all(product_serves(grad, weight, stack_size(ranks)) for grad, weight in zip(grads, weights, strict=True))
+        and all(
+            product_serves(grad, weight, stack_size(ranks), dense)
+            for grad, weight in zip(grads, weights, strict=True)
+        )
     )
     long = x.shape[1] * sum(grad.shape[1] for grad in grads) >= LONG_PRODUCT
     all_adapted = len(grads) == len(adapted) > 1
@@ -980,7 +1003,7 @@ def launch_lora_group_backward(
     # reads are held to the end: a pass beside it would else be given their memory for its partial sums.
     updates = ()
     if fused:
-        dense = not any(thresholds) and stack_size(ranks) >= DENSE_UPDATE
+        dense = dense and stack_size(ranks) >= DENSE_UPDATE
         updates = dense_update(lora_As, 1.0, x, weights[0]) if dense else _stackable(lora_As)
     seeds = None if seeds is None else seeds.contiguous()
     B_Ts = [_down_matrix(lora_Bs[i].T, scalings[i], x, fused) for i in adapted]

@@ -303,7 +303,15 @@ def test_second_gpu(name):
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize(
-    "sizes", [(2048, 64, 128, 16), (2177, 200, 328, 5), (3000, 136, 72, 33), (2049, 512, 520, 64)]
+    "sizes",
+    [
+        (2048, 64, 128, 16),
+        (2177, 200, 328, 5),
+        (3000, 136, 72, 33),
+        (2049, 512, 520, 64),
+        (2100, 264, 328, 75),
+        (2050, 328, 136, 260),
+    ],
 )
 def test_triton_product_with_the_update_in_its_accumulator(dtype, p, conv1d, sizes):
     tensors = make(sizes, dtype, "cuda", adapter_dtype=torch.float32)
@@ -311,7 +319,7 @@ def test_triton_product_with_the_update_in_its_accumulator(dtype, p, conv1d, siz
         tensors[1] = tensors[1].T.contiguous().T
     from sensilora.kernels.lora_linear import product_serves
 
-    assert product_serves(tensors[0], tensors[1].T, sizes[-1])
+    assert product_serves(tensors[0], tensors[1].T, sizes[-1], dense=True)
     upstream = torch.randn(sizes[0], sizes[2])
     expected = oracle(tensors, upstream.to(dtype), 0.7, p, seed=3)
     with use_backend("triton"):
