@@ -26,7 +26,7 @@ from sensilora.sensitivity.estimator import Estimator
 from sensilora.sensitivity.fisher import LossFunction, own_loss, require_labels
 from sensilora.sensitivity.losses import likelihood
 from sensilora.sensitivity.report import HessianProduct, ProbeStatistics
-from sensilora.targets import is_conv1d
+from sensilora.targets import is_conv1d, is_quantised
 
 # A power of two, undone exactly, against underflow in fp16 models. A product with z is the sum of a whole row of the
 # Hessian, so it comes nearer to overflow than the gradients that Fisher scales by more.
@@ -63,6 +63,12 @@ class HutchinsonEstimator(Estimator):
         self.probes, self.min_probes, self.tolerance, self.hvp = probes, min_probes, tolerance, hvp
         self.seed, self.k, self.alpha = seed, k, alpha
         self.loss_fn, self.shift_labels = loss_fn, shift_labels
+        quantised = next((name for name, module in modules.items() if is_quantised(module)), None)
+        if quantised is not None:
+            raise CalibrationError(
+                f"the weight of {quantised} is quantised, and no Hessian can be taken with respect to it, by either "
+                "hvp; use estimator='fisher', or calibrate the unquantised model: its plan fits this one too"
+            )
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
         if hvp == "double_backward" and attention not in (None, "eager", "sdpa"):
             raise CalibrationError(

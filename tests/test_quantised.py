@@ -1,0 +1,400 @@
+"""Models whose weights bitsandbytes or torchao quantised, against the same model with the dequantised weights."""
+
+import copy
+import importlib
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+import sensilora
+from sensilora import mixed
+from sensilora.adapters import adapter_layers, shared_inputs
+from sensilora.errors import AdapterError, CalibrationError
+from sensilora.nn import VarRankLoRAGroup, VarRankLoRALinear
+from sensilora.targets import find_targets, fingerprint, is_quantised, matrix_shape
+from tests import tiny_models
+from tests.tolerances import RELATIVE, relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+KINDS = ["nf4", "nf4_double", "fp4", "bnb_8bit", "torchao_int8", "torchao_fp8"]
+# LLM.int8() rounds the activations too, to one of 127 parts of a row's largest, in the forward pass alone.
+ROUNDED_INPUT = {"bnb_8bit": 0.02}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    library = "torchao" if request.param.startswith("torchao") else "bitsandbytes"
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    return request.param
+
+
+def config(kind, dtype):
+    """What transformers quantises a model by."""
+    if kind == "bnb_8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if kind.startswith("torchao"):
+        quantization = importlib.import_module("torchao.quantization")
+        name = "Int8WeightOnlyConfig" if kind == "torchao_int8" else "Float8WeightOnlyConfig"
+        return TorchAoConfig(getattr(quantization, name)())
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind.partition("_")[0],
+        bnb_4bit_use_double_quant=kind.endswith("double"),
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_models.llama(
+        tmp_path_factory.mktemp("model"), hidden_size=64, intermediate_size=96, attention_bias=True
+    )
+
+
+def load(folder, kind, device, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config(kind, dtype), dtype=dtype, device_map={"": device}
+    )
+
+
+def weight_of(module):
+    """The dequantised weight (out, in) in fp64."""
+    weight = module.weight
+    if type(weight).__module__.startswith("torchao"):
+        return weight.dequantize().double()
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).double()
+    scales = module.state.SCB if weight.SCB is None else weight.SCB
+    return weight.data.double() * scales.double().unsqueeze(1) / 127
+
+
+def dequantised(model, folder, dtype=torch.float32):
+    """The model with plain layers that hold the quantised ones' weights."""
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(model.device)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and is_quantised(module):
+                plain.get_submodule(name).weight.copy_(weight_of(module))
+    return plain
+
+
+def layer(kind, device, dtype=torch.float32, rank=6, **settings):
+    """An adapter layer over a quantised nn.Linear(96, 64), lora_B drawn too."""
+    base = nn.Linear(96, 64, dtype=dtype)
+    if kind.startswith("torchao"):
+        base = base.to(device)
+        importlib.import_module("torchao.quantization").quantize_(base, config(kind, dtype).quant_type)
+    else:
+        bitsandbytes = importlib.import_module("bitsandbytes")
+        if kind == "bnb_8bit":
+            new = bitsandbytes.nn.Linear8bitLt(96, 64, has_fp16_weights=False, threshold=6.0)
+        else:
+            quant_type, _, double = kind.partition("_")
+            new = bitsandbytes.nn.Linear4bit(
+                96, 64, compute_dtype=dtype, compress_statistics=bool(double), quant_type=quant_type
+            )
+        new.load_state_dict(base.state_dict())
+        base = new.to(device)
+    adapter = VarRankLoRALinear(base, rank, **settings)
+    nn.init.normal_(adapter.lora_B, std=0.1)
+    return adapter
+
+
+def batches(device, count=2):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 24, (count, 4, 9), generator=generator).to(device)
+    mask = torch.ones_like(ids)
+    mask[:, 1, 6:] = 0
+    return [
+        {"input_ids": i, "attention_mask": m, "labels": i.masked_fill(m == 0, -100)}
+        for i, m in zip(ids, mask, strict=True)
+    ]
+
+
+def loss_of(model, batch):
+    return model(**batch).loss
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def calibrate(model, device, **settings):
+    return sensilora.calibrate(model, batches(device), progress=False, **settings)
+
+
+def trained(model, device, **settings):
+    """The model with adapters, after a few steps."""
+    plan = sensilora.allocate(calibrate(model, device), average_rank=3)
+    sensilora.inject(model, plan, **settings).train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        loss_of(model, batches(device)[0]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_layer_matches_the_dequantised_one(kind, device, dtype, adapter_dtype, p):
+    adapter = layer(kind, device, dtype, adapter_dtype=adapter_dtype, scaling=0.7, dropout=p)
+    assert adapter.lora_A.dtype == (adapter_dtype or torch.float32)
+    x = torch.randn(3, 5, 96, device=device, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(3, 5, 64, device=device, dtype=dtype)
+    base = adapter.base_layer(x).detach().double()
+    torch.manual_seed(5)
+    y = adapter(x)
+    y.backward(upstream)
+    assert y.dtype == dtype
+
+    # The mask, from the op on an identity-like update: drop(x) where A picks inputs and B passes them on.
+    torch.manual_seed(5)
+    eye = torch.eye(96, device=device, dtype=dtype)
+    dropped = sensilora.ops.lora_update(torch.zeros_like(x), x, eye, eye, 1.0, dropout_p=p).detach().double()
+    leaves = [adapter.lora_A, adapter.lora_B]
+    lora_A, lora_B = (leaf.detach().to(dtype).double().requires_grad_() for leaf in leaves)
+    expected = base + 0.7 * linear(linear(dropped, lora_A), lora_B)
+    assert relative_error(y, expected) <= 4 * RELATIVE[dtype]
+    grad_A, grad_B = torch.autograd.grad(expected, (lora_A, lora_B), upstream.double())
+    kept = torch.where(x.detach() == 0, 0.0, dropped / x.detach().double())
+    update = kept * (0.7 * upstream.double() @ lora_B @ lora_A)
+    grad_x = upstream.double() @ weight_of(adapter.base_layer) + update
+    for got, wanted in ((x.grad, grad_x), (adapter.lora_A.grad, grad_A), (adapter.lora_B.grad, grad_B)):
+        assert relative_error(got, wanted) <= 4 * RELATIVE[dtype]
+    # The base product is that of the dequantised weight, up to what the library rounds.
+    plain = linear(x.detach().double(), weight_of(adapter.base_layer), adapter.bias.double())
+    assert relative_error(base, plain) <= max(4 * RELATIVE[dtype], ROUNDED_INPUT.get(kind, 1e-4))
+
+
+def test_no_dense_weight_is_saved_for_backward(kind, device):
+    adapter = layer(kind, device)
+    x = torch.randn(7, 96, device=device, requires_grad=True)
+
+    def saved_by(module):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            y = module(x)
+        del y
+        return sizes
+
+    beside = saved_by(adapter)
+    for size in saved_by(adapter.base_layer):
+        beside.remove(size)
+    # x, A, B and h, its columns padded to 16.
+    assert sorted(beside) == sorted([7 * 96, 6 * 96, 6 * 64, 7 * 16])
+
+
+def test_autocast(kind, device):
+    adapter = layer(kind, device, torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(5, 96, device=device, dtype=dtype, requires_grad=True)
+        with torch.autocast(device, torch.bfloat16):
+            base, y = adapter.base_layer(x), adapter(x)
+        y.float().square().sum().backward()
+        assert y.dtype == base.dtype
+        update = adapter.scaling * linear(
+            linear(x.bfloat16().double(), adapter.lora_A.double()), adapter.lora_B.double()
+        )
+        assert relative_error(y, base.double() + update) <= RELATIVE[torch.bfloat16]
+        assert x.grad.isfinite().all()
+
+
+def test_compiles_whole(kind, device):
+    adapter = layer(kind, device, torch.bfloat16)
+    x = torch.randn(5, 96, device=device, dtype=torch.bfloat16, requires_grad=True)
+    y = adapter(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(compiled, y)
+    assert torch.equal(torch.autograd.grad(compiled.sum(), x)[0], gradient)
+
+
+def test_deepcopy_and_rank_changes(kind, device):
+    adapter = layer(kind, device)
+    x = torch.randn(5, 96, device=device)
+    y = adapter(x)
+    other = copy.deepcopy(adapter)
+    assert torch.equal(other(x), y)
+    other.resize_rank(9)
+    assert relative_error(other(x), y) < 1e-6
+    other.resize_rank(0)
+    assert torch.equal(other(x), other.base_layer(x))
+
+
+def test_layers_of_a_group_go_on_alone(kind, device):
+    layers = [layer(kind, device, rank=rank) for rank in (3, 5)]
+    x = torch.randn(5, 96, device=device)
+    for got, one in zip(VarRankLoRAGroup(layers)(x), layers, strict=True):
+        assert torch.equal(got, one(x))
+
+
+def test_merging_raises_and_says_what_to_do(kind, device):
+    adapter = layer(kind, device)
+    x = torch.randn(5, 96, device=device)
+    y = adapter(x)
+    with pytest.raises(AdapterError, match=r"is quantised.*load it over the unquantised model and merge there"):
+        adapter.merge()
+    assert not adapter.merged
+    assert torch.equal(adapter(x), y)
+
+
+class TestModel:
+    def test_targets_shapes_and_fingerprint_are_those_before_quantisation(self, folder, kind, device):
+        model = load(folder, kind, device)
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        found = find_targets(model)
+        assert len(found) == 14
+        assert all(is_quantised(module) for module in found.values())
+        expected = {name: matrix_shape(module) for name, module in find_targets(plain).items()}
+        assert {name: matrix_shape(module) for name, module in found.items()} == expected
+        assert not any(is_quantised(module) for module in find_targets(plain).values())
+        assert fingerprint(model) == fingerprint(plain)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"estimator": "activation"},
+            {"estimator": "activation", "variant": "inverse", "block_size": 16},
+            {"estimator": "fisher"},
+            {"estimator": "fisher", "mode": "per_position"},
+            {"estimator": "fisher", "labels": "model", "draws": 2},
+        ],
+        ids=lambda settings: "-".join(map(str, settings.values())),
+    )
+    def test_calibrates_like_the_dequantised_model(self, folder, kind, device, settings):
+        model = load(folder, kind, device)
+        expected = calibrate(dequantised(model, folder), device, **settings)
+        report = calibrate(model, device, **settings)
+        assert report.fingerprint == expected.fingerprint
+        # Of the traces, since an error of the logits grows from layer to layer.
+        tolerance = 0.2 if kind in ROUNDED_INPUT else 1e-3
+        for name, matrix in report.matrices.items():
+            assert matrix.shape == expected.matrices[name].shape
+            assert matrix.trace == pytest.approx(expected.matrices[name].trace, rel=tolerance), name
+            assert matrix.topk_mean == pytest.approx(expected.matrices[name].topk_mean, rel=tolerance), name
+
+    def test_a_calibration_can_be_gone_on_from(self, folder, kind, device, tmp_path):
+        model = load(folder, kind, device)
+        expected = calibrate(model, device, estimator="fisher")
+
+        def interrupted():
+            yield batches(device)[0]
+            raise KeyboardInterrupt
+
+        settings = {"estimator": "fisher", "checkpoint": tmp_path / "state", "checkpoint_every": 1, "progress": False}
+        with pytest.raises(KeyboardInterrupt):
+            sensilora.calibrate(model, interrupted(), **settings)
+        assert (tmp_path / "state").is_dir()
+        report = sensilora.calibrate(model, batches(device), **settings)
+        for name, matrix in report.matrices.items():
+            assert matrix.trace == pytest.approx(expected.matrices[name].trace, rel=1e-5)
+
+    def test_hutchinson_says_what_serves(self, folder, kind, device):
+        model = load(folder, kind, device)
+        for hvp in ("double_backward", "central_differences"):
+            with pytest.raises(CalibrationError, match=r"q_proj.* is quantised.*estimator='fisher'"):
+                calibrate(model, device, estimator="hutchinson", hvp=hvp)
+
+    def test_train_save_load_and_unload(self, folder, kind, device, tmp_path):
+        model, batch = load(folder, kind, device), batches(device)[0]
+        before, first = logits_of(model, batch), float(loss_of(model, batch).detach())
+        model = trained(model, device, dropout=0.1)
+        assert all(is_quantised(adapter.base_layer) for adapter in adapter_layers(model).values())
+        assert {adapter.lora_A.dtype for adapter in adapter_layers(model).values()} == {torch.float32}
+        assert float(loss_of(model, batch).detach()) < first
+        after = logits_of(model, batch)
+        sensilora.save_adapter(model, tmp_path / "adapter")
+
+        with pytest.raises(AdapterError, match=r"self_attn.q_proj is quantised"):
+            sensilora.merge(model)
+        assert torch.equal(logits_of(sensilora.unload(model), batch), before)
+        assert torch.equal(logits_of(sensilora.load_adapter(model, tmp_path / "adapter"), batch), after)
+
+        # What the error of merging says: over the unquantised model, here the dequantised one.
+        plain = dequantised(sensilora.unload(model), folder)
+        merged = sensilora.merge(sensilora.load_adapter(plain, tmp_path / "adapter"))
+        assert relative_error(logits_of(merged, batch), after) <= ROUNDED_INPUT.get(kind, 1e-5) * 3
+
+    def test_a_plan_serves_before_and_after_quantisation(self, folder, kind, device):
+        plain, model = AutoModelForCausalLM.from_pretrained(folder).to(device), load(folder, kind, device)
+        plan = sensilora.allocate(calibrate(plain, device), average_rank=3)
+        sensilora.inject(model, plan)
+        of_model = sensilora.allocate(calibrate(load(folder, kind, device), device), average_rank=3)
+        sensilora.inject(plain, of_model)
+        assert {name: adapter.rank for name, adapter in adapter_layers(model).items()} == {
+            name: rank for name, rank in plan.ranks.items() if rank
+        }
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_gradient_checkpointing(self, folder, kind, device, dtype, use_reentrant):
+        model = load(folder, kind, device, dtype)
+        sensilora.inject(model, sensilora.allocate(calibrate(model, device), average_rank=3), dropout=0.2).train()
+        model.enable_input_require_grads()
+        for adapter in adapter_layers(model).values():
+            nn.init.normal_(adapter.lora_B, std=0.1)
+        gradients = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            torch.manual_seed(3)
+            model.zero_grad()
+            loss_of(model, batches(device)[0]).backward()
+            gradients.append([adapter.lora_A.grad.clone() for adapter in adapter_layers(model).values()])
+        for one, other in zip(*gradients, strict=True):
+            assert one.any()
+            assert relative_error(other, one) <= RELATIVE[dtype]
+
+    def test_fisher_under_gradient_checkpointing(self, folder, kind, device):
+        model = load(folder, kind, device)
+        expected = calibrate(model, device, estimator="fisher")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        report = calibrate(model.train(), device, estimator="fisher")
+        for name, matrix in report.matrices.items():
+            assert matrix.trace == pytest.approx(expected.matrices[name].trace, rel=1e-5)
+
+    def test_no_layers_are_grouped(self, folder, kind, device):
+        model = load(folder, kind, device)
+        sensilora.inject(model, sensilora.allocate(calibrate(model, device), average_rank=3))
+        assert not shared_inputs(model)
+
+    def test_named_adapters_serve_whole_batches(self, folder, kind, device, tmp_path):
+        model, batch = load(folder, kind, device), batches(device)[0]
+        before = logits_of(model, batch)
+        plan = sensilora.allocate(calibrate(model, device), average_rank=3)
+        for name in ("a", "b"):
+            mixed.add_adapter(model, name, plan)
+            for key, parameter in mixed.adapter_parameters(model, name).items():
+                nn.init.normal_(parameter, std=0.1) if "lora_B" in key else None
+        found = {}
+        for name in ("a", "b", "__base__"):
+            with mixed.adapter_ids(model, name):
+                found[name] = logits_of(model, batch)
+        assert torch.equal(found["__base__"], before)
+        assert not torch.equal(found["a"], found["b"])
+        with (
+            mixed.adapter_ids(model, ["a", "b", "a", "b"]),
+            pytest.raises(AdapterError, match="a batch takes one adapter"),
+        ):
+            logits_of(model, batch)
+        with pytest.raises(AdapterError, match="is quantised"):
+            mixed.merge(model, "a")
+        mixed.save_adapter(model, tmp_path / "a", adapter="a")
+        sensilora.load_adapter(sensilora.unload(model), tmp_path / "a")
+        assert torch.equal(logits_of(model, batch), found["a"])
