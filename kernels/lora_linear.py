@@ -518,8 +518,8 @@ PRODUCTS = 3
 # The largest stack whose update fits the registers beside the accumulator. The cap leaves registers for the passes
 # that run beside the product.
 EARLY_RANK = 32
-# From these stacks on an update without a mask is one more product by TMA, and the passes that make h and q, and dA and
-# dB, are cuBLAS's.
+# From these stacks on an update without a mask is one more product by TMA, and the passes that make h and q, and those
+# that make dA and dB, are cuBLAS's.
 DENSE_UPDATE = 64
 DENSE_DOWN = 65
 DENSE_OUTER = 129
