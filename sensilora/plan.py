@@ -15,9 +15,11 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -67,9 +69,20 @@ class PlanEntry(_Record):
 
 
 class Calibration(_Record):
-    """How the sensitivities were measured; copied from the `SensitivityReport`."""
+    """How the sensitivities were measured; copied from the `SensitivityReport`.
+
+    `variant` to `tolerance` are left out of the file, and of the content hash, where they are None: for an estimator
+    that has no such setting, and in plans from before they were recorded.
+    """
 
     estimator: str
+    variant: Literal["diagonal", "inverse"] | None = None
+    block_size: PositiveInt | None = None
+    damping: float | None = Field(default=None, gt=0)
+    hvp: Literal["double_backward", "central_differences"] | None = None
+    probes: PositiveInt | None = None
+    min_probes: PositiveInt | None = None
+    tolerance: float | None = Field(default=None, ge=0)
     mode: str | None
     labels: str | None
     draws: int | None
@@ -79,6 +92,11 @@ class Calibration(_Record):
     k: float
     alpha: float
     versions: dict[str, str]
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        optional = {name for name, field in type(self).model_fields.items() if not field.is_required()}
+        return {name: value for name, value in serialized(self).items() if value is not None or name not in optional}
 
 
 class AllocationSettings(_Record):
@@ -335,7 +353,8 @@ class RankPlan(_Record):
             f"temper {chosen.temper:g}, scaling {self.scaling.rule} {self.scaling.value:g}",
         ]
         if self.calibration is not None:
-            kind = [self.calibration.estimator, self.calibration.mode, self.calibration.labels]
+            variant = self.calibration.variant if self.calibration.variant != "diagonal" else None
+            kind = [self.calibration.estimator, variant, self.calibration.mode, self.calibration.labels]
             head.append(
                 f"measured by {' / '.join(part for part in kind if part)} on {self.calibration.tokens:,} tokens in "
                 f"{self.calibration.sequences:,} sequences"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -16,6 +17,7 @@ import torch
 from sensilora.allocation import allocate
 from sensilora.errors import PlanError, RankError
 from sensilora.plan import Calibration, PlanEntry, RankPlan
+from sensilora.sensitivity.report import ProbeStatistics
 from tests.reports import encoder_report, make_report
 
 
@@ -49,6 +51,7 @@ def test_what_the_plan_carries(plan):
     assert plan.model_id == report.model_id
     assert plan.calibration.model_dump() == {
         "estimator": "fisher",
+        "variant": "diagonal",
         "mode": "per_sequence",
         "labels": "data",
         "draws": 1,
@@ -69,6 +72,76 @@ def test_what_the_plan_carries(plan):
             report[name].topk_mean,
             report[name].effective_rank,
         )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"estimator": "activation", "variant": "diagonal"},
+        {"estimator": "activation", "variant": "inverse", "block_size": 16, "damping": 0.1},
+        {
+            "estimator": "hutchinson", "variant": "diagonal", "hvp": "central_differences", "probes": 8,
+            "min_probes": 2, "tolerance": 0.0,
+        },
+    ],
+    ids=["diagonal", "inverse", "hutchinson"],
+)  # fmt: skip
+def test_the_settings_of_an_estimator_are_recorded(tmp_path, settings):
+    probes = ProbeStatistics(
+        count=8,
+        trace=1.0,
+        standard_error=0.1,
+        negative_mass=0.0,
+        half_topk_mean=(1.0, 1.0),
+        half_effective_rank=(1, 1),
+    )
+    of_matrices = {"probes": probes} if "probes" in settings else {}
+    if settings["variant"] == "inverse":
+        of_matrices = {"damping": 0.1, "attempts": 1}
+    report = encoder_report(layers=1)
+    matrices = {
+        name: dataclasses.replace(matrix, effective_rank=1, **of_matrices) for name, matrix in report.matrices.items()
+    }
+    report = dataclasses.replace(report, mode=None, labels=None, matrices=matrices, **settings)
+    plan = allocate(report, average_rank=4)
+    path = plan.save(tmp_path / "plan.json")
+    written = json.loads(path.read_text())["calibration"]
+    names = ("estimator", "variant", "block_size", "damping", "hvp", "probes", "min_probes", "tolerance")
+    assert {name: written[name] for name in names if name in written} == settings
+    assert RankPlan.load(path) == plan
+    for name in set(settings) - {"estimator"}:
+        edit(path, lambda data, name=name: data["calibration"].pop(name))
+        with pytest.raises(PlanError, match="content_hash does not match"):
+            RankPlan.load(path)
+        plan.save(path)
+
+
+OLDER = """\
+{
+  "schema_version": 1,
+  "model_id": "tiny",
+  "fingerprint": "abababababababababababababababababababababababababababababababab",
+  "calibration": {"estimator": "activation", "mode": null, "labels": null, "draws": 1, "seed": 0, \
+"tokens": 100, "sequences": 4, "k": 0.5, "alpha": 0.85, "versions": {"sensilora": "0.1.0"}},
+  "allocation": {"strategy": "scaled", "classes": 3, "weights": "cv", "scores": "fused", "temper": 0.0, \
+"min_rank": 1, "max_rank": null, "multiple": 1, "tie": null},
+  "budget": {"kind": "total_rank", "value": 3, "used": 3, "left_over": 0},
+  "scaling": {"rule": "constant", "value": 1.0},
+  "matrices": {
+    "layers.0.dense": {"rank": 3, "shape": [8, 16], "trace": 2.5, "topk_mean": 0.25, "effective_rank": 7, \
+"score_global": 2.5, "score_local": 0.5, "score_fused": 0.75}
+  },
+  "content_hash": "f81f78f4acfea6fe715e6725d6873cbb91046684f7bfe0e17d75f852c2d7544e"
+}
+"""
+
+
+def test_a_plan_from_before_those_settings_is_read_and_saved_as_it_was(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(OLDER)
+    plan = RankPlan.load(path)
+    assert plan.calibration.variant is None
+    assert plan.save(tmp_path / "again.json").read_text() == OLDER
 
 
 def test_save_and_load_round_trip(plan, file):

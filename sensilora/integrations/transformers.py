@@ -466,7 +466,7 @@ class Drift:
         kendall_tau: Kendall's tau-b between the fused scores now and the reference's; None where it is undefined
             (a single matrix, or equal scores for all).
         seconds: what the measurement took, wall time.
-        report: the measurement, under the reference's names: ``reference.compare(drift.report)`` tells which matrices
+        report: the measurement, under the reference's names: ``drift.report.compare(reference)`` tells which matrices
             moved, and by which score.
     """
 
@@ -504,8 +504,8 @@ class SensitivityCallback(TrainerCallback):
     ZeRO-3), offloaded or quantised cannot be measured.
 
     Args:
-        reference: the plan, or the report that it was made from. A plan does not say with which ``variant`` of
-            "activation" it was measured, so where that is "inverse" give the report, as for "hutchinson".
+        reference: the plan, or the report that it was made from. An older plan that does not tell the ``variant`` of
+            "activation" is taken for one of "diagonal".
         batches: as for `sensilora.calibrate`; those of the plan's own calibration for a drift of the model alone.
             They are read again each epoch; an iterator is read once and kept.
         trainer: whose ``log`` is called.
@@ -515,7 +515,8 @@ class SensitivityCallback(TrainerCallback):
         history: a `Drift` for each epoch so far.
 
     Raises:
-        ReportError: `reference` is a plan without a calibration or made by "hutchinson", or neither plan nor report.
+        ReportError: `reference` is a plan without a calibration, an older one that does not tell the settings of
+            "hutchinson", or neither plan nor report.
         CalibrationError: `batches` is one batch or no iterable, or an option is one that the reference decides.
         TargetError: when training begins, a matrix of the reference is not in the model or cannot be measured.
     """
@@ -532,11 +533,11 @@ class SensitivityCallback(TrainerCallback):
                 f"batches is a {type(batches).__name__}; give an iterable of batches, for example [batch] or a "
                 "DataLoader"
             )
-        self.reference = _report_of(reference) if isinstance(reference, RankPlan) else reference
-        if not isinstance(self.reference, SensitivityReport):
+        if not isinstance(reference, (RankPlan, SensitivityReport)):
             raise ReportError(f"reference is a {type(reference).__name__}; give a RankPlan or a SensitivityReport")
+        self.reference = reference
         self.weights = reference.allocation.weights if isinstance(reference, RankPlan) else "cv"
-        settings = _settings(self.reference)
+        settings = _settings(reference)
         decided = [name for name in options if name in settings or name == "targets"]
         if decided:
             raise CalibrationError(f"{decided[0]} follows from the reference; leave it out or change the reference")
@@ -554,7 +555,7 @@ class SensitivityCallback(TrainerCallback):
         start = time.perf_counter()
         report = self._measure(_adapted_model(model))
         seconds = time.perf_counter() - start
-        tau = self.reference.compare(report, weights=self.weights).agreement["fused"].kendall
+        tau = report.compare(self.reference, weights=self.weights).agreement["fused"].kendall
         self.history.append(Drift(state.epoch, state.global_step, tau, seconds, report))
         # The Trainer's own log of this step, if it is due, has yet to come; this one would count as it.
         should_log = control.should_log
@@ -582,48 +583,27 @@ class SensitivityCallback(TrainerCallback):
         )
 
 
-def _report_of(plan: RankPlan) -> SensitivityReport:
-    """The report that a plan was made from, as far as the plan tells."""
-    made = plan.calibration
+def _settings(reference: RankPlan | SensitivityReport) -> dict[str, Any]:
+    """The arguments of `calibrate` that the reference was measured with, as far as it records them.
+
+    Raises:
+        ReportError: a plan was made without a calibration, or does not tell the settings of "hutchinson".
+    """
+    made = reference.calibration if isinstance(reference, RankPlan) else reference
     if made is None:
         raise ReportError("the plan was made without a calibration, so it has no order to compare; give a report")
-    if made.estimator == "hutchinson":
-        raise ReportError("a plan does not hold the settings of 'hutchinson'; give the report it was made from")
-    return SensitivityReport(
-        estimator=made.estimator,  # type: ignore[arg-type]  # checked, as are the next two
-        mode=made.mode,  # type: ignore[arg-type]
-        labels=made.labels,  # type: ignore[arg-type]
-        draws=made.draws or 1,
-        seed=made.seed or 0,
-        tokens=made.tokens,
-        sequences=made.sequences,
-        k=made.k,
-        alpha=made.alpha,
-        model_id=plan.model_id,
-        fingerprint=plan.fingerprint,
-        versions=made.versions,
-        matrices={
-            name: MatrixSensitivity(
-                shape=entry.shape,
-                trace=entry.trace,
-                topk_mean=entry.topk_mean,
-                effective_rank=entry.effective_rank,
-                tokens=made.tokens,
-                calls=1,
-            )
-            for name, entry in plan.matrices.items()
-        },
-    )
-
-
-def _settings(report: SensitivityReport) -> dict[str, Any]:
-    """The arguments of `calibrate` that a report was measured with, as far as it records them."""
+    if made.estimator == "hutchinson" and made.probes is None:
+        raise ReportError(
+            "the plan is an older one, without the settings of 'hutchinson'; give the report it was made from"
+        )
     names = (
         *("estimator", "variant", "block_size", "damping", "mode", "labels", "draws", "hvp", "probes", "min_probes"),
-        *("tolerance", "seed", "k", "alpha", "min_expert_tokens"),
+        *("tolerance", "seed", "k", "alpha"),
     )
-    recorded = {name: getattr(report, name) for name in names if getattr(report, name) is not None}
-    return {**recorded, "experts": report.min_expert_tokens is not None}
+    recorded = {name: getattr(made, name) for name in names if getattr(made, name) is not None}
+    if isinstance(made, SensitivityReport) and made.min_expert_tokens is not None:
+        return {**recorded, "experts": True, "min_expert_tokens": made.min_expert_tokens}
+    return {**recorded, "experts": False}
 
 
 def _adapted_model(model: Any) -> nn.Module:
@@ -634,15 +614,18 @@ def _adapted_model(model: Any) -> nn.Module:
     return model
 
 
-def _names_here(model: nn.Module, reference: SensitivityReport) -> dict[str, str]:
+def _names_here(model: nn.Module, reference: RankPlan | SensitivityReport) -> dict[str, str]:
     """Names in the model by names in the reference, of linear modules; checked to be measurable."""
     modules = dict(model.named_modules())
     here = {name.replace(".base_layer", ""): name for name, module in modules.items() if is_matrix(module)}
     names = {}
     for name, matrix in reference.matrices.items():
-        if matrix.expert_of is not None:
-            continue
-        for alias in (name, *matrix.aliases):
+        aliases: tuple[str, ...] = ()
+        if isinstance(matrix, MatrixSensitivity):
+            if matrix.expert_of is not None:
+                continue
+            aliases = matrix.aliases
+        for alias in (name, *aliases):
             if alias not in here:
                 raise TargetError(
                     f"the reference is for {reference.model_id}: the model in training has no linear layer "
@@ -656,9 +639,10 @@ def _names_here(model: nn.Module, reference: SensitivityReport) -> dict[str, str
                 f"{name} holds several adapters (sensilora.mixed), of which each row of a batch uses its own; its "
                 "drift cannot be measured, leave the callback out"
             )
-        if name in reference.matrices and matrix_shape(found[there]) != reference[name].shape:
+        shape = reference.matrices[name].shape if name in reference.matrices else None
+        if shape is not None and matrix_shape(found[there]) != shape:
             raise TargetError(
-                f"{name} is {matrix_shape(found[there])} in the model in training and {reference[name].shape} in the "
+                f"{name} is {matrix_shape(found[there])} in the model in training and {shape} in the "
                 "reference; give the plan or report of this model, and leave its weights unsharded"
             )
     return names

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from sensilora._files import write_bytes
 from sensilora.allocation import fuse_scores
 from sensilora.errors import ReportError
-from sensilora.plan import Weights
+from sensilora.plan import PlanEntry, RankPlan, Weights
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -242,13 +242,15 @@ class SensitivityReport:
         except ValidationError as error:
             raise ReportError(f"sensitivity report {os.fspath(path)} {_complaint(error)}") from error
 
-    def compare(self, other: SensitivityReport, *, weights: Weights = "cv") -> ReportComparison:
+    def compare(self, other: SensitivityReport | RankPlan, *, weights: Weights = "cv") -> ReportComparison:
         """How far two reports of one model agree on the order of its weight matrices, those that both hold.
 
         What was measured with may differ (estimator, labels, data, seed), and so may the values of the weights.
+        Experts that are stacked in one parameter count where both reports hold them, as any other matrix does; where
+        one was made without ``experts=True`` they are among the matrices that it lacks, and change nothing.
 
         Args:
-            other: the report to compare with.
+            other: the report to compare with, or a plan, which holds the numbers of the report that it was made from.
             weights: of the fused score, "cv" or "equal", as for `sensilora.allocate`. That score is made of the
                 matrices in both reports alone, so that it compares like with like.
 
@@ -257,7 +259,7 @@ class SensitivityReport:
 
         Raises:
             ReportError: the reports are of different models (fingerprints), have another `k` or `alpha`, or no matrix
-                in common; or `weights` is neither "cv" nor "equal".
+                in common; `other` is a plan without a calibration; or `weights` is neither "cv" nor "equal".
         """
         if weights not in get_args(Weights):
             raise ReportError(f"weights must be {' or '.join(map(repr, get_args(Weights)))}, not {weights!r}")
@@ -266,8 +268,11 @@ class SensitivityReport:
                 f"the sensitivity reports are of different models ({self.model_id} and {other.model_id}: names or "
                 "shapes of their weights differ); compare reports of one model"
             )
+        settings = other.calibration if isinstance(other, RankPlan) else other
+        if settings is None:
+            raise ReportError("the plan was made without a calibration, so it has no order to compare; give a report")
         for setting in ("k", "alpha"):
-            mine, theirs = getattr(self, setting), getattr(other, setting)
+            mine, theirs = getattr(self, setting), getattr(settings, setting)
             if mine != theirs:
                 raise ReportError(
                     f"the sensitivity reports were measured with {setting}={mine} and {setting}={theirs}; measure "
@@ -277,15 +282,21 @@ class SensitivityReport:
         if not common:
             raise ReportError(
                 f"the sensitivity reports have no matrix in common (one holds {next(iter(self))}, the other "
-                f"{next(iter(other))}, for example); measure both with the same targets"
+                f"{next(iter(other.matrices))}, for example); measure both with the same targets"
             )
-        here, there = _scores(self, common, weights), _scores(other, common, weights)
+        here, there = (_scores([held[name] for name in common], weights) for held in (self.matrices, other.matrices))
         places = zip(common, _places(here["fused"]), _places(there["fused"]), strict=True)
         movers = [Mover(matrix=name, place=a, other_place=b) for name, a, b in places if a != b]
         return ReportComparison(
             matrices=tuple(common),
             only_here=tuple(name for name in self if name not in other.matrices),
-            only_there=tuple(name for name in other if name not in self.matrices),
+            only_there=tuple(name for name in other.matrices if name not in self.matrices),
+            experts=frozenset(
+                name
+                for held in (self.matrices, other.matrices)
+                for name, matrix in held.items()
+                if isinstance(matrix, MatrixSensitivity) and matrix.expert_of is not None
+            ),
             agreement={score: _agreement(here[score], there[score]) for score in here},
             movers=tuple(sorted(movers, key=lambda mover: -mover.moved)),
         )
@@ -384,14 +395,16 @@ class ReportComparison:
         matrices: names of the matrices in both reports, which are those compared, in module order.
         only_here: names in the report that was asked alone.
         only_there: names in the other report alone.
+        experts: those of all these names that are experts stacked in one parameter.
         agreement: an `Agreement` for each of "trace", "topk_mean", "effective_rank" and "fused", the score that ranks
-            are allotted by.
+            are allotted by (`sensilora.allocate` makes it without the experts).
         movers: a `Mover` for each matrix whose place by the fused score differs, those that moved most first.
     """
 
     matrices: tuple[str, ...]
     only_here: tuple[str, ...]
     only_there: tuple[str, ...]
+    experts: frozenset[str] = frozenset()
     agreement: dict[ScoreName, Agreement]
     movers: tuple[Mover, ...]
 
@@ -400,9 +413,13 @@ class ReportComparison:
         from rich.table import Table
         from rich.text import Text
 
+        def count(names: tuple[str, ...]) -> str:
+            experts = sum(name in self.experts for name in names)
+            return f"{len(names)}{f' ({experts} of them experts)' if experts else ''}"
+
         common = (
-            f"matrices in both reports: {len(self.matrices)}, only in this one (here): {len(self.only_here)}, "
-            f"only in the other (there): {len(self.only_there)}"
+            f"matrices in both reports: {count(self.matrices)}, only in this one (here): {count(self.only_here)}, "
+            f"only in the other (there): {count(self.only_there)}"
         )
         agreement = Table()
         agreement.add_column("order by", no_wrap=True)
@@ -435,8 +452,7 @@ class ReportComparison:
         return text.getvalue().rstrip("\n")
 
 
-def _scores(report: SensitivityReport, names: Sequence[str], weights: Weights) -> dict[ScoreName, list[float]]:
-    matrices = [report[name] for name in names]
+def _scores(matrices: Sequence[MatrixSensitivity | PlanEntry], weights: Weights) -> dict[ScoreName, list[float]]:
     trace = [matrix.trace for matrix in matrices]
     topk_mean = [matrix.topk_mean for matrix in matrices]
     effective_rank = [float(matrix.effective_rank) for matrix in matrices]

@@ -18,7 +18,7 @@ from sensilora import allocate, calibrate, inject, merge, mixed, unload
 from sensilora.errors import CalibrationError, ReportError, TargetError
 from sensilora.integrations import transformers as hf
 from sensilora.integrations.peft import FusedLinear, fuse
-from sensilora.plan import RankPlan
+from sensilora.plan import Calibration, RankPlan
 from tests import tiny_models
 
 LEARNING_RATE = 0.05  # so high that the order of the matrices moves in two epochs
@@ -142,7 +142,7 @@ def test_measures_the_plain_model_that_computes_the_same(llama, tmp_path, kind, 
         assert (last.report[name].tokens, last.report[name].calls) == (expected[name].tokens, expected[name].calls)
     # Training moved it, and away from the start.
     assert any(last.report[name].trace != pytest.approx(reference[name].trace, rel=1e-2) for name in reference)
-    assert last.kendall_tau == reference.compare(last.report).agreement["fused"].kendall
+    assert last.kendall_tau == last.report.compare(reference).agreement["fused"].kendall
     assert last.kendall_tau < 1
     assert last.seconds > 0
     assert plain_names(model)
@@ -264,8 +264,12 @@ def test_untrained_adapters_leave_the_order_as_it_is(llama, tmp_path):
 def test_measures_with_the_settings_of_the_reference(llama, tmp_path, settings):
     reference = report_of(llama, **settings)
     plan = allocate(reference, average_rank=4)
-    callback, _ = trained(adapted("inject", llama, plan), tmp_path, reference, learning_rate=0.0, num_train_epochs=1)
-    found = callback.history[0].report
+    found = []
+    for given in (reference, plan):
+        callback, _ = trained(adapted("inject", llama, plan), tmp_path, given, learning_rate=0.0, num_train_epochs=1)
+        found.append(callback.history[0].report)
+    assert found[0] == found[1]
+    found = found[0]
     decided = {field.name for field in dataclasses.fields(reference)} - {"matrices", "passes"}
     assert {name: getattr(found, name) for name in decided} == {name: getattr(reference, name) for name in decided}
     for name in reference:
@@ -283,7 +287,8 @@ def test_a_plan_carries_the_settings_of_fisher_and_the_weights_of_its_score(llam
     callback, _ = trained(model, tmp_path, plan, options={"memory_budget": "1MB"})
     last = callback.history[-1]
     assert (last.report.labels, last.report.draws, last.report.seed, last.report.k) == ("model", 2, 9, 0.25)
-    assert last.kendall_tau == reference.compare(last.report, weights="equal").agreement["fused"].kendall
+    assert last.kendall_tau == last.report.compare(reference, weights="equal").agreement["fused"].kendall
+    assert last.report.compare(plan, weights="equal") == last.report.compare(reference, weights="equal")
 
 
 def test_experts_and_rank_0_and_tied_weights(tmp_path):
@@ -534,9 +539,27 @@ def test_bad_arguments(llama, tmp_path):
     ]:
         with pytest.raises(error, match=message):
             hf.SensitivityCallback(reference, data, trainer, **options)
-    probed = report_of(llama, estimator="hutchinson", probes=2, min_probes=2, targets=["q_proj"])
-    with pytest.raises(ReportError, match="does not hold the settings of 'hutchinson'; give the report"):
-        hf.SensitivityCallback(allocate(probed, average_rank=4), batches(), trainer)
+
+
+def older(plan):
+    """The plan as it was before plans told the settings of an estimator."""
+    kept = {"estimator", "mode", "labels", "draws", "seed", "tokens", "sequences", "k", "alpha", "versions"}
+    recorded = plan.calibration.model_dump()
+    return plan.model_copy(update={"calibration": Calibration(**{name: recorded[name] for name in kept})})
+
+
+def test_older_plans_are_of_the_diagonal_and_not_of_probes(llama, tmp_path):
+    reference = report_of(llama)
+    plan = allocate(reference, average_rank=4)
+    assert older(plan).calibration.variant is None
+    callback, _ = trained(adapted("inject", llama, plan), tmp_path, older(plan), learning_rate=0.0)
+    assert callback.history[0].report.variant == "diagonal"
+    assert callback.history[0].kendall_tau == 1.0
+    probed = allocate(
+        report_of(llama, estimator="hutchinson", probes=2, min_probes=2, targets=["q_proj"]), total_rank=9
+    )
+    with pytest.raises(ReportError, match="older one, without the settings of 'hutchinson'; give the report"):
+        hf.SensitivityCallback(older(probed), batches(), trainer_of(load(llama), tmp_path))
 
 
 def test_the_model_is_as_it_was_after_an_exception(llama, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sensilora.allocation import fuse_scores
+from sensilora.allocation import allocate, fuse_scores
 from sensilora.errors import ReportError, SensiloraError
 from sensilora.sensitivity import MatrixSensitivity, SensitivityReport
 from tests.reports import encoder_report, make_report
@@ -242,6 +242,67 @@ def test_matrices_that_one_report_lacks_change_nothing():
     for comparison in (report.compare(more), more.compare(report)):
         assert comparison.agreement["fused"].kendall == pytest.approx(1)
         assert comparison.movers == ()
+
+
+def with_experts(report, metrics):
+    """The report with experts of one parameter besides, the first of them with its siblings' mean."""
+    experts = {
+        f"mlp.experts.down_proj.{i}": replace(
+            report["a"], trace=trace, topk_mean=trace / 2, expert_of="mlp.experts.down_proj"
+        )
+        for i, trace in enumerate(metrics)
+    }
+    first = next(iter(experts))
+    experts[first] = replace(experts[first], from_siblings=True, calls=0)
+    return replace(report, matrices={**report.matrices, **experts}, min_expert_tokens=32)
+
+
+def test_experts_that_one_report_lacks_change_nothing():
+    here = make_report({"a": (4, 4, 4), "b": (3, 3, 3), "c": (2, 5, 2)})
+    there = make_report({"a": (1, 2, 9), "b": (5, 3, 1), "c": (2, 4, 4)})
+    plain, more = here.compare(there), with_experts(here, [1e6, 3.0, 7.0])
+    for found, names in ((more.compare(there), "only_here"), (there.compare(more), "only_there")):
+        assert found.matrices == ("a", "b", "c")
+        assert getattr(found, names) == tuple(f"mlp.experts.down_proj.{i}" for i in range(3))
+        assert found.experts == set(getattr(found, names))
+    assert more.compare(there).agreement == plain.agreement
+    assert more.compare(there).movers == plain.movers
+    first = str(more.compare(there)).splitlines()[0]
+    assert first.endswith("reports: 3, only in this one (here): 3 (3 of them experts), only in the other (there): 0")
+    assert plain.experts == frozenset()
+
+
+def test_experts_in_both_reports_are_matrices_like_others():
+    here = make_report({"a": (4, 4, 4), "b": (3, 3, 3)})
+    one, two = with_experts(here, [1.0, 6.0]), with_experts(here, [6.0, 1.0])
+    comparison = one.compare(two)
+    assert comparison.matrices == ("a", "b", "mlp.experts.down_proj.0", "mlp.experts.down_proj.1")
+    # Orders by the trace: 4 3 1 6 and 4 3 6 1, so five of six pairs but three disagree.
+    assert comparison.agreement["trace"].kendall == pytest.approx(-2 / 3)
+    assert str(comparison).startswith("matrices in both reports: 4 (2 of them experts), only")
+
+
+def test_a_plan_stands_for_the_report_that_it_was_made_from():
+    here, there = encoder_report(layers=2), numbers_reversed(encoder_report(layers=2))
+    plan = allocate(there, average_rank=4)
+    assert here.compare(plan) == here.compare(there)
+    for other, message in (
+        (allocate(replace(there, k=0.25), average_rank=4), "with k=0.5 and k=0.25"),
+        (plan.model_copy(update={"calibration": None}), "the plan was made without a calibration"),
+        (plan.model_copy(update={"fingerprint": "cd" * 32}), "are of different models"),
+    ):
+        with pytest.raises(ReportError, match=message):
+            here.compare(other)
+
+
+def numbers_reversed(report):
+    """The first matrix with the numbers of the last, and so on."""
+    numbers = [(matrix.trace, matrix.topk_mean, matrix.effective_rank) for matrix in report.matrices.values()]
+    matrices = {
+        name: replace(report[name], trace=trace, topk_mean=topk_mean, effective_rank=effective_rank)
+        for name, (trace, topk_mean, effective_rank) in zip(report, reversed(numbers), strict=True)
+    }
+    return replace(report, matrices=matrices)
 
 
 def test_the_table_shows_ten_movers_and_counts_the_others():
