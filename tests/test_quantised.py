@@ -398,3 +398,80 @@ class TestModel:
         mixed.save_adapter(model, tmp_path / "a", adapter="a")
         sensilora.load_adapter(sensilora.unload(model), tmp_path / "a")
         assert torch.equal(logits_of(model, batch), found["a"])
+
+
+class TestPeft:
+    """PEFT's layers over quantised bases against the same after `fuse`."""
+
+    @pytest.fixture
+    def integration(self):
+        self.peft = pytest.importorskip("peft")
+        return importlib.import_module("sensilora.integrations.peft")
+
+    def model(self, folder, kind, device, dtype=torch.float32, **settings):
+        model = load(folder, kind, device, dtype)
+        wanted = {"target_modules": "all-linear", "r": 5, "lora_alpha": 8, "init_lora_weights": False, **settings}
+        return self.peft.get_peft_model(model, self.peft.LoraConfig(**wanted))
+
+    def gradients(self, model, device):
+        model.zero_grad()
+        torch.manual_seed(3)
+        loss_of(model, batches(device)[0]).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @pytest.mark.parametrize("settings", [{}, {"lora_bias": True}, {"use_rslora": True}], ids=["", "bias", "rslora"])
+    def test_a_fused_model_is_the_same(self, integration, folder, kind, device, settings):
+        if settings.get("lora_bias") and kind.startswith("torchao"):
+            pytest.skip("PEFT has no lora_bias over torchao")
+        model, batch = self.model(folder, kind, device, **settings), batches(device)[0]
+        before, gradients = logits_of(model, batch), self.gradients(model, device)
+        classes = [type(m) for m in model.modules()]
+        integration.fuse(model)
+        fused = [module for module in model.modules() if isinstance(module, integration.FusedQuantised)]
+        assert len(fused) == 14
+        assert relative_error(logits_of(model, batch), before) <= ROUNDED_INPUT.get(kind, 1e-5)
+        for name, gradient in self.gradients(model, device).items():
+            assert relative_error(gradient, gradients[name]) <= ROUNDED_INPUT.get(kind, 1e-4), name
+        integration.fuse(model)
+        integration.unfuse(model)
+        assert [type(m) for m in model.modules()] == classes
+        assert torch.equal(logits_of(model, batch), before)
+
+    def test_dropout_of_several_adapters_and_checkpointing(self, integration, folder, kind, device):
+        model = self.model(folder, kind, device, torch.bfloat16, lora_dropout=0.5)
+        config = self.peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.2)
+        model.add_adapter("other", config)
+        integration.fuse(model).train()
+        model.base_model.set_adapter(["default", "other"])
+        model.enable_input_require_grads()
+        plain = self.gradients(model, device)
+        assert len(plain) == 2 * 2 * 14
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for name, gradient in self.gradients(model, device).items():
+            assert relative_error(gradient, plain[name]) <= RELATIVE[torch.bfloat16], name
+
+    def test_what_is_left_to_peft(self, integration, folder, kind, device):
+        model, batch = self.model(folder, kind, device).eval(), batches(device)[0]
+        model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+        def computed():
+            with torch.no_grad(), model.disable_adapter():
+                off = model(**inputs).logits
+            with torch.no_grad():
+                return off, model(**inputs, adapter_names=["default", "other", "__base__", "other"]).logits
+
+        before = computed()
+        integration.fuse(model)
+        integration._warn_of.cache_clear()
+        with pytest.warns(UserWarning, match="adapter_names are given over a quantised base"):
+            after = computed()
+        assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+    def test_use_fused_leaves_them_for_fuse(self, integration, folder, kind, device):
+        model = load(folder, kind, device)
+        config = self.peft.LoraConfig(target_modules="all-linear")
+        model = self.peft.get_peft_model(model, integration.use_fused(config))
+        assert not any(isinstance(module, integration._Fused) for module in model.modules())
+        integration.fuse(model)
+        assert sum(isinstance(module, integration.FusedQuantised) for module in model.modules()) == 14

@@ -24,14 +24,17 @@ except ModuleNotFoundError as error:
 from transformers.pytorch_utils import Conv1D
 
 from sensilora.errors import AdapterError, PlanError
-from sensilora.ops import lora_linear, lora_segments
+from sensilora.ops import lora_linear, lora_segments, lora_update
 from sensilora.ops._backend import FLOATS
 from sensilora.ops._lora import autocast_dtype
 from sensilora.plan import RankPlan
+from sensilora.targets import is_quantised
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _KEYWORDS = frozenset({"adapter_names", *VARIANT_KWARG_KEYS})
+# PEFT's layers over bases of bitsandbytes and torchao, by name, as their modules import those.
+_QUANTISED = frozenset({"Linear4bit", "Linear8bitLt", "TorchaoLoraLinear"})
 _FROM_THE_PLAN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
 
 
@@ -86,8 +89,8 @@ def use_fused(config: LoraConfig) -> LoraConfig:
     """Make the layers of a config's adapters `FusedLinear`: ``get_peft_model(model, use_fused(config))``.
 
     By PEFT's own mapping of custom layers, which ``get_peft_model``, ``add_adapter`` and ``PeftModel`` heed. Base
-    layers that are no plain ``nn.Linear`` or ``Conv1D`` (quantised ones, embeddings, convolutions) get what they get
-    without it. Files do not tell the difference. ``dataclasses.replace`` loses the mapping.
+    layers that are no plain ``nn.Linear`` or ``Conv1D`` (embeddings, convolutions, and quantised ones, which `fuse`
+    serves) get what they get without it. Files do not tell the difference. ``dataclasses.replace`` loses the mapping.
 
     Args:
         config: changed in place; applying this twice does nothing.
@@ -123,7 +126,7 @@ def _fused_layer(registered: LoraConfig, target: nn.Module, adapter_name: str, *
 
 
 def fuse(model: Model) -> Model:
-    """Make the LoRA layers of a model that PEFT prepared `FusedLinear`, in place.
+    """Make the LoRA layers of a model that PEFT prepared `FusedLinear`, or over quantised bases `FusedQuantised`.
 
     Parameters, their names, hooks and an optimiser's state stay as they are: only the layers' class changes. Layers
     over bases that the kernels cannot serve stay PEFT's, and one warning says which.
@@ -144,7 +147,7 @@ def fuse(model: Model) -> Model:
         if reason is not None:
             left[reason] += 1
         else:
-            layer.__class__ = FusedLinear
+            layer.__class__ = _fused_class(layer.__class__)
     reasons = "; ".join(f"{count}: {reason}" for reason, count in left.items())
     if len(layers) == sum(left.values()):
         raise AdapterError(
@@ -159,14 +162,89 @@ def fuse(model: Model) -> Model:
 
 
 def unfuse(model: Model) -> Model:
-    """Make all `FusedLinear` layers PEFT's own again, in place. Returns `model`."""
-    layers: list[Any] = [module for module in model.modules() if type(module) is FusedLinear]
+    """Make all fused layers PEFT's own again, in place. Returns `model`."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, _Fused)]
     for layer in layers:
-        layer.__class__ = Linear
+        # The class behind this module's own.
+        layer.__class__ = type(layer).__bases__[1]
     return model
 
 
-class FusedLinear(Linear):
+@functools.cache
+def _fused_class(layer_class: Any) -> Any:
+    """The fused class of one of PEFT's layers, itself if it is fused."""
+    if issubclass(layer_class, _Fused):
+        return layer_class
+    if layer_class is Linear:
+        return FusedLinear
+    # "Linear" must be in the name, or PEFT would take the layer's parts for targets of another adapter.
+    return type(f"Fused{layer_class.__name__}", (FusedQuantised, layer_class), {"__module__": __name__})
+
+
+class _Fused:
+    """What the fused layers have in common beside one of PEFT's layers."""
+
+    def _why_not(self: Any, adapters: Sequence[str]) -> str | None:
+        """Why the ops cannot compute these adapters, as a clause; None if they can."""
+        for name in adapters:
+            if name in self.lora_variant:
+                return f"adapter {name!r} is {type(self.lora_variant[name]).__name__}, a variant of LoRA"
+            for factor in (self.lora_A[name], self.lora_B[name]):
+                if type(factor) is not nn.Linear or _is_wrapped(factor) or not _is_dense(factor.weight):
+                    return "lora_A or lora_B is replaced, wrapped or sharded, or has hooks"
+            dropout = self.lora_dropout[name]
+            if type(dropout) not in (nn.Dropout, nn.Identity) or _is_wrapped(dropout):
+                return f"the dropout is {type(dropout).__name__} and no plain nn.Dropout"
+        return None
+
+    def _dropout_p(self: Any, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    def _scaled(self: Any, adapters: Sequence[str]) -> tuple[list[Tensor], list[float]]:
+        """Every lora_B and its scale. A scale on the device, as hotswapping makes them, is in lora_B already."""
+        lora_Bs: list[Any] = [self.lora_B[name].weight for name in adapters]
+        scalings = [self.scaling[name] for name in adapters]
+        for i, scaling in enumerate(scalings):
+            if isinstance(scaling, Tensor):
+                lora_Bs[i], scalings[i] = lora_Bs[i] * scaling.to(lora_Bs[i].device), 1.0
+        return lora_Bs, scalings
+
+
+class FusedQuantised(_Fused):
+    """The forward pass of PEFT's LoRA layers over bases that bitsandbytes or torchao quantised.
+
+    The base product is the base's own, and each active adapter's update one call of `sensilora.ops.lora_update`, with
+    dropout or without. Batches with ``adapter_names``, and what `FusedLinear` leaves to PEFT, are computed by PEFT's
+    own forward, with one warning for each reason. Dtypes are as for `FusedLinear`.
+    """
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in_features) to (..., out_features); arguments as of PEFT's layer."""
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        names = kwargs.get("adapter_names")
+        if self.disable_adapters or self.merged or (not adapters and names is None):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        reason = self._why_not(adapters)
+        if names is not None:
+            reason = "adapter_names are given over a quantised base"
+        elif not self.cast_input_dtype_enabled and any(
+            self.lora_A[name].weight.dtype != x.dtype for name in adapters
+        ):
+            reason = "casting the input's dtype is disabled"
+        if reason is not None and not torch.compiler.is_compiling():
+            _warn_of(reason)
+        if reason is not None or args or kwargs.keys() - _KEYWORDS:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        y = self.base_layer(x)
+        for name, lora_B, scaling in zip(adapters, *self._scaled(adapters), strict=True):
+            y = lora_update(y, x, self.lora_A[name].weight, lora_B, scaling, dropout_p=self._dropout_p(name))
+            if self.lora_B[name].bias is not None:
+                y = y + (self.lora_B[name].bias * self.scaling[name]).to(y.dtype)
+        return y
+
+
+class FusedLinear(_Fused, Linear):
     """PEFT's LoRA layer over a plain ``nn.Linear`` or ``Conv1D``, its forward pass by `sensilora.ops`.
 
     Everything but ``forward`` is PEFT's: parameters, state dict, merging, switching and deleting adapters. One active
@@ -186,7 +264,8 @@ class FusedLinear(Linear):
             adapters = [name for name in dict.fromkeys(names) if name in self.lora_A]
         if self.disable_adapters or self.merged or not adapters:
             return super().forward(x, *args, **kwargs)
-        reason = _why_not_base(self.base_layer) or self._why_not(adapters, mixed=names is not None)
+        reason = _why_not_base(self.base_layer) or self._why_not(adapters)
+        reason = reason or self._why_not_together(adapters, mixed=names is not None)
         if reason is not None and not torch.compiler.is_compiling():
             _warn_of(reason)
         if reason is not None or not self._is_usual(x, args, kwargs):
@@ -206,17 +285,10 @@ class FusedLinear(Linear):
             and (x.dtype == weight.dtype or autocast_dtype(x.device) is not None)
         )
 
-    def _why_not(self, adapters: Sequence[str], *, mixed: bool) -> str | None:
-        """Why the ops cannot compute these adapters, as a clause; None if they can."""
+    def _why_not_together(self, adapters: Sequence[str], *, mixed: bool) -> str | None:
+        """Why the ops cannot compute these adapters in one call, as a clause; None if they can."""
         for name in adapters:
-            if name in self.lora_variant:
-                return f"adapter {name!r} is {type(self.lora_variant[name]).__name__}, a variant of LoRA"
-            lora_A, lora_B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-            for factor in (lora_A, lora_B):
-                if type(factor) is not nn.Linear or _is_wrapped(factor) or not _is_dense(factor.weight):
-                    return "lora_A or lora_B is replaced, wrapped or sharded, or has hooks"
-            if type(dropout) not in (nn.Dropout, nn.Identity) or _is_wrapped(dropout):
-                return f"the dropout is {type(dropout).__name__} and no plain nn.Dropout"
+            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
             if mixed and lora_B.bias is not None:
                 return "adapter_names select an adapter with lora_bias"
             if len(adapters) > 1 and not mixed and self._dropout_p(name) > 0.0:
@@ -225,23 +297,10 @@ class FusedLinear(Linear):
                 return "casting the input's dtype is disabled"
         return None
 
-    def _dropout_p(self, name: str) -> float:
-        dropout = self.lora_dropout[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
     def _base(self) -> tuple[Tensor, Tensor | None]:
         """The base layer's weight (out_features, in_features) and bias."""
         base: Any = self.base_layer
         return base.weight.t() if isinstance(base, Conv1D) else base.weight, base.bias
-
-    def _scaled(self, adapters: Sequence[str]) -> tuple[list[Tensor], list[float]]:
-        """Every lora_B and its scale. A scale on the device, as hotswapping makes them, is in lora_B already."""
-        lora_Bs: list[Any] = [self.lora_B[name].weight for name in adapters]
-        scalings = [self.scaling[name] for name in adapters]
-        for i, scaling in enumerate(scalings):
-            if isinstance(scaling, Tensor):
-                lora_Bs[i], scalings[i] = lora_Bs[i] * scaling.to(lora_Bs[i].device), 1.0
-        return lora_Bs, scalings
 
     def _active(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
         weight, bias = self._base()
@@ -288,10 +347,13 @@ def _segments(
 
 
 def _why_not_layer(layer: Any) -> str | None:
-    if type(layer) not in (Linear, FusedLinear):
+    quantised = type(layer).__name__ in _QUANTISED and type(layer).__module__.startswith("peft.tuners.lora.")
+    if type(layer) is not Linear and not quantised and not isinstance(layer, _Fused):
         return f"{type(layer).__name__} is not PEFT's LoRA layer over nn.Linear or Conv1D"
     if "forward" in layer.__dict__ and not _only_aligns_devices(layer):
         return "the layer has a forward of its own"
+    if quantised or isinstance(layer, FusedQuantised):
+        return None if is_quantised(layer.base_layer) else "its base is no quantised layer itself"
     return _why_not_base(layer.base_layer)
 
 
