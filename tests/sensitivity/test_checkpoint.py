@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from sensilora.errors import CalibrationError, NonFiniteError
 from sensilora.sensitivity import Diagonals, calibrate, head
 from sensilora.sensitivity.checkpoint import STATE_FILE, Checkpoint, digest, identity
+from tests import tiny_models
 from tests.sensitivity.oracles import Net, classification_batch, sequences
 from tests.sensitivity.test_calibrate import assert_unchanged, model_with_a_past, state
 
@@ -591,3 +592,89 @@ def test_non_finite_numbers_leave_the_state(tmp_path):
     model.calls = 0
     calibrate(model, embeds, **arguments, progress=False)
     assert model.calls == 2
+
+
+# ---------------------------------------------------------------------------------------------- a decoder, and on a GPU
+
+# The arguments of each, and a budget that takes several passes; none for Hutchinson, which keeps one matrix's sums.
+ON_DEVICES = {
+    "activation": ({"estimator": "activation"}, 4 * 8 * 192),
+    "inverse": ({"estimator": "activation", "variant": "inverse", "block_size": 64}, 4 * 8 * 192 * 64),
+    "per_sequence": ({"estimator": "fisher"}, 2 * 4 * 136 * 192),
+    "per_position": ({"estimator": "fisher", "mode": "per_position"}, 2 * 4 * 136 * 192),
+    "per_loss_term": ({"estimator": "fisher", "mode": "per_loss_term"}, 2 * 4 * 136 * 192),
+    "sampled": ({"estimator": "fisher", "labels": "model", "draws": 2}, 2 * 4 * 136 * 192),
+    "hutchinson": (
+        {"estimator": "hutchinson", "probes": 2, "min_probes": 2, "targets": ["q_proj", "down_proj"]},
+        None,
+    ),
+}
+
+
+def decoder_on(device, dtype, attention, at=None):
+    """A Llama of one layer whose widths Fisher's kernels take by TMA where there is one; it fails at forward `at`."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = tiny_models.llama_config(
+        hidden_size=136, intermediate_size=192, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1,
+        head_dim=64, attn_implementation=attention,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(device, dtype)
+    forwards = 0
+
+    def count(*_):
+        nonlocal forwards
+        forwards += 1
+        if forwards == at:
+            fail()
+
+    model.register_forward_pre_hook(count)
+    return model
+
+
+def padded_texts():
+    ids = torch.randint(4, 24, (4, 3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[:, 1, 5:] = 0
+    return [
+        {"input_ids": i, "attention_mask": m, "labels": i.where(m == 1, -100)} for i, m in zip(ids, mask, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "dtype", "attention"),
+    [
+        ("cpu", torch.float32, "sdpa"),
+        pytest.param("cuda", torch.float32, "sdpa", marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, "eager", marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, "sdpa", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("name", ON_DEVICES)
+def test_the_same_bits_again_in_passes_and_gone_on_with(tmp_path, name, place, dtype, attention):
+    arguments, budget = ON_DEVICES[name]
+    arguments = {**arguments, "seed": 3, "progress": False}
+
+    def calibrated(folder, at=None, **options):
+        options |= {"keep_diagonals": tmp_path / folder}
+        report = calibrate(decoder_on(place, dtype, attention, at), padded_texts(), **arguments, **options)
+        return report.matrices, Diagonals(tmp_path / folder), len(report.passes)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [calibrated("once"), calibrated("again")]
+        state = {"checkpoint": tmp_path / "state", "checkpoint_every": 1, "memory_budget": budget}
+        if budget is not None:
+            runs.append(calibrated("in passes", memory_budget=budget))
+            assert runs[-1][2] > 1
+        # In the second pass, or for Hutchinson in the second matrix.
+        with pytest.raises(RuntimeError, match="stop"):
+            calibrated("gone on", at=7, **state)
+        assert content(tmp_path / "state")
+        runs.append(calibrated("gone on", **state))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (expected, kept, _), *others = runs
+    for found, diagonals, _ in others:
+        assert found == expected
+        assert all(torch.equal(diagonals[matrix], kept[matrix]) for matrix in expected)
