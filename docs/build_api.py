@@ -8,6 +8,7 @@ from typing import Any
 
 import sensilora
 import sensilora.compare
+import sensilora.integrations.export
 import sensilora.integrations.peft
 import sensilora.integrations.transformers
 import sensilora.nn
@@ -39,6 +40,9 @@ SECTIONS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("PEFT", "Needs peft: `pip install 'sensilora[peft]'`. How it is used: [With PEFT](peft.md).",
      [(f"sensilora.integrations.peft.{name}", getattr(sensilora.integrations.peft, name))
       for name in ("lora_config_from_plan", "use_fused", "fuse", "unfuse")]),
+    ("Exports", "What `sensilora export` runs; which tool takes which form: [Other tools](peft.md#other-tools).",
+     [(f"sensilora.integrations.export.{name}", getattr(sensilora.integrations.export, name))
+      for name in ("export_peft", "export_uniform", "export_merged", "export_axolotl", "export_blank_adapter")]),
     ("transformers' Trainer", "",
      [(f"sensilora.integrations.transformers.{name}", getattr(sensilora.integrations.transformers, name))
       for name in ("SensitivityCallback", "Drift")]),

@@ -195,6 +195,8 @@ class Form(str, Enum):
     merged = "merged"
     uniform = "uniform"
     peft = "peft"
+    axolotl = "axolotl"
+    blank_adapter = "blank-adapter"
 
 
 class Device(str, Enum):
@@ -793,47 +795,73 @@ def compare(
         "sensilora export adapter --to merged --output model",
         "sensilora export adapter --to uniform --output adapter-for-server",
         "sensilora export adapter --to peft --output adapter-clean",
+        "sensilora export plan.json --to axolotl --axolotl-config axolotl.yml --output ranks.yml",
+        "sensilora export plan.json --to blank-adapter --output adapter-to-train",
     )
 )
 def export(
-    adapter: AdapterArgument,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Adapter folder, from `sensilora train` or PEFT; for axolotl and blank-adapter a rank plan.",
+        ),
+    ],
     to: Annotated[
         Form,
         typer.Option(
             "--to",
             help="merged: the whole model with the update in it; uniform: one rank for all, for servers that know no "
-            "rank patterns; peft: the same adapter, checked and with unambiguous patterns.",
+            "rank patterns; peft: the same adapter, checked and with unambiguous patterns; axolotl: the plan, as "
+            "fields of an axolotl config; blank-adapter: an untrained adapter of the plan's ranks, for trainers that "
+            "take an adapter (--dropout and --seed are its).",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; for axolotl a YAML file.")],
     model: Annotated[
         str | None, typer.Option("--model", help="merged: the base model, if not the one the adapter names.")
     ] = None,
+    axolotl_config: Annotated[
+        Path | None,
+        typer.Option("--axolotl-config", metavar="FILE", help="axolotl: config whose other fields are written too."),
+    ] = None,
+    dropout: DropoutOption = 0.0,
+    seed: SeedOption = 0,
     dtype: DtypeOption = Dtype.auto,
+    allow_edited: EditedOption = False,
     force: ForceOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Write a trained adapter in another form."""
-    _check_folder(output, force)
+    """Write a trained adapter, or a plan, in the form that another tool takes."""
+    if to is Form.axolotl:
+        _check_outputs([output], force)
+    else:
+        _check_folder(output, force)
 
     from sensilora.adapters import read_adapter
     from sensilora.integrations import export as exports
     from sensilora.plan import RankPlan
 
-    if to is Form.peft:
-        exports.export_peft(adapter, output, force=force)
+    if to is Form.axolotl:
+        plan = RankPlan.load(source, allow_edited=allow_edited)
+        exports.export_axolotl(plan, output, base=axolotl_config, force=force)
+    elif to is Form.blank_adapter:
+        plan = RankPlan.load(source, allow_edited=allow_edited)
+        exports.export_blank_adapter(plan, output, dropout=dropout, seed=seed, force=force)
+    elif to is Form.peft:
+        exports.export_peft(source, output, force=force)
     elif to is Form.uniform:
-        plan_file = adapter / PLAN_FILE
+        plan_file = source / PLAN_FILE
         planned = RankPlan.load(plan_file, allow_edited=True).matrices if plan_file.is_file() else {}
         dropped = {name: entry.shape for name, entry in planned.items() if entry.rank == 0}
-        exports.export_uniform(adapter, output, dropped=dropped, force=force)
+        exports.export_uniform(source, output, dropped=dropped, force=force)
     else:
-        base = model or read_adapter(adapter)[0].base_model_name_or_path
+        base = model or read_adapter(source)[0].base_model_name_or_path
         if not base:
-            raise AdapterError(f"{adapter} does not name its base model; pass --model")
-        names = _adapter_classes(adapter, base)
+            raise AdapterError(f"{source} does not name its base model; pass --model")
+        names = _adapter_classes(source, base)
         loaded, tokenizer = _load(base, names, Device.cpu, dtype, seed=0)
-        exports.export_merged(loaded, tokenizer, adapter, output, force=force)
+        exports.export_merged(loaded, tokenizer, source, output, force=force)
     print(f"wrote {output}")
 
 

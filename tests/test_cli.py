@@ -210,6 +210,26 @@ def test_causal_exports_compute_the_same(files, causal, work, capsys):
     assert set(targets) == set(RankPlan.load(causal["plan"]).ranks)
 
 
+def test_exports_of_a_plan(files, causal, work, capsys):
+    Path("axolotl.yml").write_text("base_model: llama\n")
+    arguments = ("--axolotl-config", "axolotl.yml", "--output", "ranks.yml")
+    succeed(capsys, "export", causal["plan"], "--to", "axolotl", *arguments)
+    ranks = sorted(rank for rank in RankPlan.load(causal["plan"]).ranks.values() if rank)
+    config = yaml.safe_load(Path("ranks.yml").read_text())
+    assert config["base_model"] == "llama"
+    assert sorted(config["lora_rank_pattern"].values()) == ranks
+    assert run("export", causal["plan"], "--to", "axolotl", *arguments) == 2
+    assert "ranks.yml exists already; pass --force" in one_sentence(capsys)
+    succeed(capsys, "export", causal["plan"], "--to", "blank-adapter", "--dropout", 0.1, "--output", "blank")
+    blank = json.loads(Path("blank/adapter_config.json").read_text())
+    assert sorted(blank["rank_pattern"].values()) == ranks
+    assert blank["lora_dropout"] == 0.1
+    for form in ("axolotl", "blank-adapter"):
+        assert run("export", causal["adapter"], "--to", form, "--output", "x") == 2
+        assert "cannot read the plan" in one_sentence(capsys)
+    assert not Path("x").exists()
+
+
 def test_same_seed_same_plan_and_adapter(files, work, capsys):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         budget = ("--average-rank", 2, "--samples", 24, "--seed", seed)

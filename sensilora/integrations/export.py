@@ -1,8 +1,10 @@
-"""Other forms of a trained adapter: normalised PEFT files, one rank for all matrices, and a merged model."""
+"""Other forms of a trained adapter (normalised PEFT files, one rank for all matrices, a merged model) and of a plan
+(axolotl's fields, an untrained adapter)."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -10,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from sensilora import _files
 from sensilora.adapters import (
@@ -26,10 +29,13 @@ from sensilora.adapters import (
     read_adapter,
     unload,
 )
-from sensilora.errors import AdapterError
+from sensilora.errors import AdapterError, OutputExistsError, PlanError
 from sensilora.integrations.transformers import quiet
+from sensilora.plan import RankPlan
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
+
+CARD_FILE = "README.md"
 
 # Loaders of other versions and other tools refuse fields that they do not know.
 _KEPT_FIELDS = ("task_type", "lora_dropout", "base_model_name_or_path", "fan_in_fan_out", "modules_to_save")
@@ -64,7 +70,7 @@ def export_peft(adapter: str | os.PathLike[str], output: str | os.PathLike[str],
         "rank_pattern": {pattern_key(name): rank for name, rank in ranks.items()},
         "alpha_pattern": {pattern_key(name): alpha for name, alpha in alphas.items()},
     }
-    return _write(adapter, output, force, fields, pairs, plain)
+    return _write(output, force, {**_kept_fields(adapter), **fields}, pairs, plain, card=_card(adapter))
 
 
 def export_uniform(
@@ -76,9 +82,9 @@ def export_uniform(
 ) -> Path:
     """Write an adapter of one rank that computes the same, for servers that know no rank or alpha patterns.
 
-    lora_A and lora_B are padded with zeros to the largest rank, each matrix's scale is folded into its lora_B, and
-    lora_alpha equals r. Some servers need every layer to have the same modules: where a layer lacks one that other
-    layers have, and for the `dropped` ones, an adapter of zeros is written.
+    lora_A and lora_B are padded with zeros to the largest rank, each matrix's scale is folded into its lora_B (and
+    rounded to lora_B's dtype), and lora_alpha equals r. Some servers need every layer to have the same modules: where
+    a layer lacks one that other layers have, and for the `dropped` ones, an adapter of zeros is written.
 
     Args:
         adapter: folder with adapter_config.json and adapter_model.safetensors, this package's or PEFT's.
@@ -100,7 +106,8 @@ def export_uniform(
         if name not in uniform:
             zeros = torch.zeros(rank, in_features, dtype=dtype), torch.zeros(out_features, rank, dtype=dtype)
             uniform[name] = zeros
-    return _write(adapter, output, force, {"r": rank, "lora_alpha": rank}, uniform, plain)
+    fields = {**_kept_fields(adapter), "r": rank, "lora_alpha": rank}
+    return _write(output, force, fields, uniform, plain, card=_card(adapter))
 
 
 def export_merged(
@@ -135,6 +142,115 @@ def export_merged(
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(f"{output} cannot be written: {error}") from error
     return Path(output)
+
+
+def export_axolotl(
+    plan: RankPlan,
+    output: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a plan as fields of an axolotl config. Needs peft.
+
+    Args:
+        plan: the plan.
+        output: YAML file to write.
+        base: axolotl config, without ranks, whose other fields go into `output` too. None: the fields alone.
+        force: replace `output` if it exists.
+
+    Returns:
+        `output`.
+
+    Raises:
+        PlanError: axolotl has no field for what the plan says (a fractional alpha; rank 0 for a matrix whose name
+            ends with that of another), every rank is 0, or `base` is no axolotl config or sets what the plan does.
+        OutputExistsError: `output` exists and `force` is false.
+    """
+    lora = plan.to_lora_config()
+    if not all(isinstance(alpha, int) for alpha in (lora.alpha_pattern or {}).values()):
+        raise PlanError("axolotl takes whole alphas only; make the plan with a whole --scaling")
+    if lora.exclude_modules:
+        raise PlanError(f"axolotl cannot leave out {min(lora.exclude_modules)}; make the plan with --min-rank 1")
+    fields = {
+        "lora_r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_target_modules": sorted(lora.target_modules or ()),
+        "lora_rank_pattern": lora.rank_pattern,
+        "lora_alpha_pattern": lora.alpha_pattern,
+        "peft_use_rslora": lora.use_rslora,
+    }
+    config = {} if base is None else _read_yaml(base)
+    given = sorted({*fields, "lora_target_linear"} & set(config))
+    if given:
+        raise PlanError(f"{base} sets {given[0]}, which follows from the plan; leave it out there")
+    if Path(output).exists() and not force:
+        raise OutputExistsError(f"output {output} exists already; pass --force to overwrite it")
+    return _files.write_text(output, yaml.safe_dump({**config, **fields}, sort_keys=False))
+
+
+def export_blank_adapter(
+    plan: RankPlan,
+    output: str | os.PathLike[str],
+    *,
+    task_type: str | None = "CAUSAL_LM",
+    dropout: float = 0.0,
+    seed: int = 0,
+    force: bool = False,
+) -> Path:
+    """Write an adapter that is not trained yet, for trainers that take ranks only from an adapter. Needs peft.
+
+    lora_A is drawn as PEFT draws it, lora_B is zero, both in fp32, so that the model computes what it did without.
+    The base model's tensors are not needed, nor is the head of a classifier written.
+
+    Args:
+        plan: the plan.
+        output: adapter folder to write, whole or not at all.
+        task_type: PEFT's, by which it chooses the class of the model around the base model.
+        dropout: the adapter's ``lora_dropout``.
+        seed: of lora_A.
+        force: replace `output` if it exists.
+
+    Returns:
+        `output`.
+
+    Raises:
+        PlanError: every rank of the plan is 0.
+        OutputExistsError: `output` exists and `force` is false.
+    """
+    lora = plan.to_lora_config()
+    fields: dict[str, Any] = {
+        "task_type": task_type,
+        "lora_dropout": dropout,
+        "base_model_name_or_path": plan.model_id or None,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "rank_pattern": lora.rank_pattern,
+        "alpha_pattern": lora.alpha_pattern,
+        "use_rslora": lora.use_rslora,
+    }
+    if lora.exclude_modules:
+        fields["exclude_modules"] = sorted(lora.exclude_modules)
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name, rank in plan.ranks.items():
+        if rank > 0:
+            out_features, in_features = plan.matrices[name].shape
+            lora_A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)
+            pairs[name] = lora_A, torch.zeros(out_features, rank)
+    return _write(output, force, fields, pairs, {})
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise PlanError(f"{path} holds no 'name: value' lines, so it is no axolotl config")
+    return config
 
 
 def _read(adapter: str | os.PathLike[str]) -> tuple[AdapterConfig, Pairs, dict[str, Tensor]]:
@@ -174,24 +290,32 @@ def _gaps(pairs: Pairs) -> dict[str, tuple[int, int]]:
     return gaps
 
 
+def _kept_fields(adapter: str | os.PathLike[str]) -> dict[str, Any]:
+    source = json.loads((Path(adapter) / CONFIG_FILE).read_bytes())
+    return {key: source[key] for key in _KEPT_FIELDS if source.get(key)}
+
+
+def _card(adapter: str | os.PathLike[str]) -> str | None:
+    card = Path(adapter) / CARD_FILE
+    return card.read_text(encoding="utf-8") if card.is_file() else None
+
+
 def _write(
-    adapter: str | os.PathLike[str],
     output: str | os.PathLike[str],
     force: bool,
     fields: dict[str, Any],
     pairs: Pairs,
     plain: dict[str, Tensor],
+    card: str | None = None,
 ) -> Path:
-    source = json.loads((Path(adapter) / CONFIG_FILE).read_bytes())
     config = {
         "peft_type": "LORA",
-        **{key: source[key] for key in _KEPT_FIELDS if source.get(key)},
-        **fields,
         "target_modules": sorted(pairs),
         "bias": "none",
         "use_rslora": False,
         "init_lora_weights": True,
         "inference_mode": True,
+        **fields,
     }
     tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in plain.items()}
     for name, (lora_A, lora_B) in pairs.items():
@@ -200,7 +324,6 @@ def _write(
     with _files.output_folder(output, force=force) as temporary:
         _files.write_text(temporary / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         _files.write_tensors(temporary / WEIGHTS_FILE, tensors)
-        card = Path(adapter) / "README.md"
-        if card.is_file():
-            _files.write_text(temporary / card.name, card.read_text(encoding="utf-8"))
+        if card is not None:
+            _files.write_text(temporary / CARD_FILE, card)
     return Path(output)
