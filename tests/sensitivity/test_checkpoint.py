@@ -594,7 +594,7 @@ def test_non_finite_numbers_leave_the_state(tmp_path):
     assert model.calls == 2
 
 
-# ---------------------------------------------------------------------------------------------- a decoder, and on a GPU
+# -------------------------------------------------------------------------------------------- a decoder, and on a GPU
 
 # The arguments of each, and a budget that takes several passes; none for Hutchinson, which keeps one matrix's sums.
 ON_DEVICES = {
