@@ -2,7 +2,8 @@
 
 all-MiniLM-L6-v2 as the demo loads it, on parts of PIQA, PubMed abstracts, LexGLUE and SST-2, which are not in this
 package: ``--data`` names the folder that holds them, else shared/data in the checkout or beside it. The figures go to
-benchmarks/results/orderings.json; page and pictures are made from that file alone (``--page-only``).
+benchmarks/results/orderings.json; page and pictures are made from that file alone (``--page-only``). On a GPU
+(``--device cuda``) Hutchinson gets as many sequences as the others, and 16 times the probes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ HALF, SMALL = 128, 8
 SHARES = {10: 26, 20: 51, 50: HALF, 100: 2 * HALF}
 HEAD_ROWS, HEAD_STEPS = 96, 32
 MAX_LENGTH, BATCH = 64, 16
-PROBES = 8
+PROBES, MANY_PROBES = 8, 128
 HEADINGS = ("BACKGROUND", "METHODS", "OBJECTIVE", "RESULTS")
 TITLES = 12
 
@@ -116,6 +117,7 @@ class Cell:
     labels: str = "data"
     seed: int = 0
     head: int = 0
+    probes: int = PROBES
 
     @property
     def name(self) -> str:
@@ -129,7 +131,7 @@ A, B = (0, HALF), (HALF, 2 * HALF)
 SMALL_A, SMALL_B = (0, SMALL), (HALF, HALF + SMALL)
 
 
-def cells(name: str) -> list[Cell]:
+def cells(name: str, device: str) -> list[Cell]:
     """The calibrations of one set."""
     made = [Cell(part, rows, way) for way in ("activation", "fisher") for part, rows in (("a", A), ("b", B))]
     if name == "piqa":
@@ -145,10 +147,13 @@ def cells(name: str) -> list[Cell]:
         made.append(Cell("small_a", SMALL_A, "fisher", labels="model"))
         made.append(Cell("small_a", SMALL_A, "hutchinson", seed=1))
         made += [Cell("small_b", SMALL_B, way) for way in ("activation", "fisher", "hutchinson")]
+        if device == "cuda":
+            made += [Cell("a", A, "hutchinson", seed=seed, probes=MANY_PROBES) for seed in (0, 1)]
+            made.append(Cell("b", B, "hutchinson", probes=MANY_PROBES))
     return made
 
 
-def measure(folder: Path, reports: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measure(folder: Path, reports: Path, names: Sequence[str], device: str) -> Iterator[dict[str, Any]]:
     """Calibrate on the named sets. Yields each report's row, when the report is in the folder `reports`."""
     source = bundled_model()
     tokenizer = load_tokenizer(source)
@@ -160,19 +165,22 @@ def measure(folder: Path, reports: Path, names: Sequence[str]) -> Iterator[dict[
             raise SensiloraError(f"{name} has {len(rows)} rows; {2 * HALF + HEAD_ROWS} are needed")
         labels = label_names(rows)
 
-        def batches(start: int, stop: int, rows: list[Row] = rows, labels: Any = labels) -> list[dict[str, Tensor]]:
+        def batches(
+            start: int, stop: int, size: int = BATCH, rows: list[Row] = rows, labels: Any = labels
+        ) -> list[dict[str, Tensor]]:
             made = classification_batches(
-                tokenizer, rows[start:stop], labels=labels, max_length=MAX_LENGTH, batch_size=BATCH
+                tokenizer, rows[start:stop], labels=labels, max_length=MAX_LENGTH, batch_size=size
             )
             # In their order by length a head would see all the short rows first.
             random.Random(0).shuffle(made)
             return made
 
-        of_set = cells(name)
+        of_set = cells(name, device)
         for head in sorted({cell.head for cell in of_set}):
             torch.manual_seed(head)
             model = load_sequence_classifier(source, labels=[str(label) for label in labels]).requires_grad_(False)
             model.name_or_path = MODEL_NAME
+            model.to(device)
             targets = [target for target in find_targets(model) if target.startswith("bert.encoder.")]
             # Each calibration by itself would train its head on its own sequences, few or many.
             with warmed_head(
@@ -183,16 +191,20 @@ def measure(folder: Path, reports: Path, names: Sequence[str]) -> Iterator[dict[
                 for cell in of_set:
                     if cell.head != head:
                         continue
-                    yield _calibrated(name, cell, model, batches(*cell.rows), targets, accuracy, len(labels), reports)
+                    # A product with the Hessian takes about as long for few rows as for many.
+                    size = HALF if cell.estimator == "hutchinson" else BATCH
+                    made = batches(*cell.rows, size=size)
+                    yield _calibrated(name, cell, model, made, targets, accuracy, len(labels), reports)
 
 
 def _accuracy(model: Any, batches: list[dict[str, Tensor]]) -> float:
-    with torch.no_grad():
-        found = [
-            model(**{key: batch[key] for key in batch if key != "labels"}).logits.argmax(-1) == batch["labels"]
-            for batch in batches
-        ]
-    return float(torch.cat(found).double().mean())
+    right, rows = 0, 0
+    for batch in batches:
+        inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+        with torch.no_grad():
+            predicted = model(**inputs).logits.argmax(-1).cpu()
+        right, rows = right + int((predicted == batch["labels"]).sum()), rows + len(predicted)
+    return right / rows
 
 
 def _calibrated(
@@ -205,7 +217,9 @@ def _calibrated(
     classes: int,
     reports: Path,
 ) -> dict[str, Any]:
-    options: dict[str, Any] = {"probes": PROBES, "min_probes": PROBES} if cell.estimator == "hutchinson" else {}
+    options: dict[str, Any] = {}
+    if cell.estimator == "hutchinson":
+        options = {"probes": cell.probes, "min_probes": cell.probes}
     if cell.estimator != "activation":
         options |= {"labels": cell.labels, "seed": cell.seed}
     start = time.perf_counter()
@@ -228,7 +242,7 @@ def _calibrated(
         },
     }
     if cell.estimator == "hutchinson":
-        row["noise"] = _noise(report)
+        row |= {"probes": cell.probes, "noise": _noise(report)}
     return row
 
 
@@ -276,7 +290,7 @@ def with_comparisons(rows: Rows, folder: Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: a report is not there, since another folder was named for it.
     """
-    wanted = [f"{name}/{cell.name}" for name in SETS for cell in cells(name)]
+    wanted = [f"{name}/{cell.name}" for name in SETS for cell in cells(name, "cuda")]
     names = [name for name in wanted if f"report/{name}" in rows]
     reports = {name: SensitivityReport.load(folder / _file(name)) for name in names}
     return [
@@ -345,16 +359,16 @@ def estimators_table(rows: Rows) -> str:
         ("*noise:* Fisher, another head", "a/fisher", "a/fisher/head1"),
         ("*noise:* Fisher, the other 128 sequences", "a/fisher", "b/fisher"),
         ("*noise:* activation, the other 128 sequences", "a/activation", "b/activation"),
+        (f"activation, Hutchinson with {MANY_PROBES} probes", "a/activation", "a/hutchinson"),
+        (f"Fisher, Hutchinson with {MANY_PROBES} probes", "a/fisher", "a/hutchinson"),
+        (f"*noise:* Hutchinson, {MANY_PROBES} other probes", "a/hutchinson", "a/hutchinson/seed1"),
+        (f"*noise:* Hutchinson with {MANY_PROBES} probes, the other 128 sequences", "a/hutchinson", "b/hutchinson"),
     ]
-    return _pair_table(rows, others, SETS)
-
-
-def _pair_table(rows: Rows, others: Sequence[tuple[str, str, str]], names: Sequence[str]) -> str:
     lines = [
-        [text, *(_cell(tau(rows, f"{name}/{first}", f"{name}/{second}")) for name in names)]
+        [text, *(_cell(tau(rows, f"{name}/{first}", f"{name}/{second}")) for name in SETS)]
         for text, first, second in others
     ]
-    return _table(["", *(NAMES[name] for name in names)], lines)
+    return _table(["", *(NAMES[name] for name in SETS)], [line for line in lines if any(line[1:])])
 
 
 def hutchinson_table(rows: Rows) -> str:
@@ -387,6 +401,7 @@ def noise_table(rows: Rows) -> str:
             lines.append(
                 [
                     f"`{name.removeprefix('report/')}`",
+                    str(row.get("probes", PROBES)),
                     f"{100 * found['standard_error']:.0f}%",
                     f"{100 * found['negative_mass']:.0f}%",
                     f"{100 * found['topk_mean_bias']:+.0f}%",
@@ -394,7 +409,7 @@ def noise_table(rows: Rows) -> str:
                 ]
             )
     header = [
-        "report", "trace's standard error", "negative mass", "top-k mean from half the probes",
+        "report", "probes", "trace's standard error", "negative mass", "top-k mean from half the probes",
         "effective rank from half the probes",
     ]  # fmt: skip
     return _table(header, lines)
@@ -456,8 +471,8 @@ def reports_table(rows: Rows) -> str:
         for name, row in measured.items()
     ]
     table = _table(["report", "sequences", "tokens", "seconds", "labels", "head's accuracy on A, classes"], lines)
-    keys = ("cpu", "torch", "transformers", "python", "commit", "date")
-    places = {", ".join(f"{key} {row[key]}" for key in keys) for row in measured.values()}
+    keys = ("gpu", "cpu", "torch", "transformers", "python", "commit", "date")
+    places = {", ".join(f"{key} {row[key]}" for key in keys if key in row) for row in measured.values()}
     return "\n".join([table, "", *(f"Measured with {place}." for place in sorted(places))])
 
 
@@ -518,7 +533,7 @@ def tau_groups(rows: Rows) -> list[tuple[str, list[tuple[str, float]]]]:
         ("10% of PIQA and all of it", [(way, f"piqa/10%/{way}", f"piqa/100%/{way}") for way in both]),
         (
             "two halves of a set",
-            [(way, f"{name}/a/{way}", f"{name}/b/{way}") for way in both for name in SETS],
+            [(way, f"{name}/a/{way}", f"{name}/b/{way}") for way in (*both, "hutchinson") for name in SETS],
         ),
         (
             "two sets",
@@ -648,6 +663,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.orderings", description=__doc__)
     parser.add_argument("--data", help="folder with piqa, pubmedqa_abstracts, lexglue_ledgar and glue_sst2")
     parser.add_argument("--reports", default="out/orderings", help="folder for the sensitivity reports")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--commit", default="", help="commit to record, where the sources are no git checkout")
     parser.add_argument("--page-only", action="store_true", help="only make the page and pictures from the results")
     parser.add_argument(
@@ -657,10 +673,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.page_only:
         folder = Path(options.reports)
         folder.mkdir(parents=True, exist_ok=True)
-        where = provenance("cpu", options.commit or current_commit())
+        where = provenance(options.device, options.commit or current_commit())
         where["transformers"] = importlib.metadata.version("transformers")
-        rows = load() if RESULTS.exists() else {}
-        for row in measure(data_folder(options.data), folder, options.sets):
+        before = load() if RESULTS.exists() else {}
+        rows = {name: row for name, row in before.items() if name.split("/")[1] not in options.sets}
+        for row in measure(data_folder(options.data), folder, options.sets, options.device):
             print(
                 f"{row['id']}: {row['sequences']} sequences, {row['tokens']} tokens, {row['seconds']} s", flush=True
             )

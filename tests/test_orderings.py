@@ -13,7 +13,9 @@ from benchmarks import orderings
 from sensilora.errors import SensiloraError
 from tests.reports import make_report
 
-REPORTS = [f"{name}/{cell.name}" for name in orderings.SETS for cell in orderings.cells(name)]
+
+def reports_of(device):
+    return [f"{name}/{cell.name}" for name in orderings.SETS for cell in orderings.cells(name, device)]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def test_results_are_written_as_they_are_read(rows, tmp_path, monkeypatch):
 
 def test_results_hold_every_report_and_comparison(rows):
     reports = [name.removeprefix("report/") for name in rows if name.startswith("report/")]
-    assert reports == REPORTS
+    assert reports == reports_of("cuda" if "gpu" in rows[f"report/{reports[0]}"] else "cpu")
     pairs = [f"compare/{first}:{second}" for first, second in orderings.pairs(reports)]
     assert [name for name in rows if name.startswith("compare/")] == pairs
 
@@ -57,11 +59,12 @@ def test_comparisons_follow_from_the_metrics(rows):
 def test_rows_say_what_they_were_measured_with(rows):
     keys = {
         "estimator", "labels", "seed", "head", "head_accuracy", "classes", "sequences", "tokens", "seconds",
-        "metrics", "commit", "date", "torch", "transformers", "python", "cpu",
+        "metrics", "commit", "date", "torch", "transformers", "python",
     }  # fmt: skip
     for name, row in rows.items():
         if name.startswith("report/"):
             assert keys <= row.keys()
+            assert ("cpu" in row) != ("gpu" in row)
             assert len(row["metrics"]) == 36
             assert ("noise" in row) == (row["estimator"] == "hutchinson")
             assert (row["labels"] is None) == (row["estimator"] == "activation")
@@ -69,13 +72,25 @@ def test_rows_say_what_they_were_measured_with(rows):
 
 def test_shares_are_nested_and_halves_are_disjoint():
     assert list(orderings.SHARES.values()) == [round(share * 2 * orderings.HALF / 100) for share in orderings.SHARES]
-    cells = {cell.name: cell.rows for cell in orderings.cells("piqa")}
+    cells = {cell.name: cell.rows for cell in orderings.cells("piqa", "cpu")}
     assert cells["a/fisher"][1] == cells["b/fisher"][0]
     for share, count in orderings.SHARES.items():
         part = "a" if count == orderings.HALF else f"{share}%"
         assert cells[f"{part}/fisher"] == (0, count)
-    small = {cell.name: cell.rows for cell in orderings.cells("sst2")}
+    small = {cell.name: cell.rows for cell in orderings.cells("sst2", "cpu")}
     assert small["small_a/hutchinson"] == small["small_a/fisher"] == (0, orderings.SMALL)
+
+
+def test_a_gpu_gives_hutchinson_what_the_others_get():
+    more = {cell.name: cell for cell in orderings.cells("sst2", "cuda")}
+    assert more.keys() - {cell.name for cell in orderings.cells("sst2", "cpu")} == {
+        "a/hutchinson",
+        "a/hutchinson/seed1",
+        "b/hutchinson",
+    }
+    assert more["a/hutchinson"].rows == more["a/fisher"].rows
+    assert more["b/hutchinson"].rows == more["b/fisher"].rows
+    assert {cell.probes for cell in more.values() if cell.part in "ab"} == {orderings.PROBES, orderings.MANY_PROBES}
 
 
 def test_pairs_are_of_the_same_data_or_the_same_way():
@@ -106,7 +121,7 @@ def toy():
 
 def test_tables_show_the_figures(toy):
     table = orderings.estimators_table(toy)
-    assert "| activation, Fisher | -1.000 |  |  |  |" in table
+    assert table.splitlines()[2:] == ["| activation, Fisher | -1.000 |  |  |  |"]
     assert "| PIQA | -1.000 | output of layer 0 1 → 3 |" in orderings.movers_table(toy)
     assert orderings.tau(toy, "piqa/a/fisher", "piqa/a/activation") == -1
     assert orderings.tau(toy, "piqa/a/fisher", "piqa/b/fisher") is None
@@ -162,6 +177,7 @@ def test_accuracy_counts_right_answers():
     def model(x):
         return SimpleNamespace(logits=torch.nn.functional.one_hot(x, 3).float())
 
+    model.device = torch.device("cpu")
     batches = [
         {"x": torch.tensor([0, 1, 2]), "labels": torch.tensor([0, 1, 1])},
         {"x": torch.tensor([2]), "labels": torch.tensor([2])},
@@ -172,7 +188,7 @@ def test_accuracy_counts_right_answers():
 def test_some_sets_are_measured_and_the_others_rows_kept(tmp_path, monkeypatch):
     matrices = [f"bert.encoder.layer.{layer}.output.dense" for layer in range(3)]
 
-    def measure(folder, reports, names):
+    def measure(folder, reports, names, device):
         for name in names:
             report = make_report({matrix: (float(i + 1), 1.0, 2) for i, matrix in enumerate(matrices)})
             report.save(reports / f"{name}-a-activation.json")
