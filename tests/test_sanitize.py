@@ -17,6 +17,7 @@ from sensilora.ops import (
     lora_group,
     lora_linear,
     lora_segments,
+    lora_update,
     rademacher,
     use_backend,
 )
@@ -124,6 +125,27 @@ def test_lora_group(sizes, p):
 
     call.op = "lora_group"
     check("triton", torch.bfloat16, call, [x, *lora_As, *lora_Bs], upstreams)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "rank"),
+    [
+        ("triton", torch.float32, 5),
+        ("triton", torch.bfloat16, 33),
+        ("triton", torch.bfloat16, 130),
+        ("native", torch.bfloat16, 5),
+    ],
+)
+def test_lora_update(backend, dtype, rank, p):
+    x, _, lora_As, lora_Bs, upstreams = matrices(SMALL[:2], [rank], [SMALL[2]])
+    base = torch.randn(SMALL[0], SMALL[2])
+
+    def call(dtype, device):
+        return lambda base, x, a, b: lora_update(base, x, a, b, 0.7, dropout_p=p, seed=3)
+
+    call.op = "lora_update"
+    check(backend, dtype, call, [base, x, *lora_As, *lora_Bs], upstreams)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
