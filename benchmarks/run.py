@@ -32,6 +32,7 @@ from benchmarks import (
     bench_lora_segments,
     bench_model,
     bench_peft,
+    bench_quantised,
 )
 from benchmarks.harness import Cases, Ceilings, Unavailable, run
 
@@ -46,6 +47,7 @@ MODULES = (
     bench_lora_segments,
     bench_model,
     bench_peft,
+    bench_quantised,
     bench_calibrate,
 )
 RESULTS = Path(__file__).parent / "results"

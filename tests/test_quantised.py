@@ -11,6 +11,8 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import sensilora
+from benchmarks.bench_quantised import _case, dequantised_weight, library_of, quantised
+from benchmarks.harness import run
 from sensilora import mixed
 from sensilora.adapters import adapter_layers, shared_inputs
 from sensilora.errors import AdapterError, CalibrationError
@@ -27,9 +29,8 @@ ROUNDED_INPUT = {"bnb_8bit": 0.02}
 
 @pytest.fixture(params=KINDS)
 def kind(request):
-    library = "torchao" if request.param.startswith("torchao") else "bitsandbytes"
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
+    if importlib.util.find_spec(library_of(request.param)) is None:
+        pytest.skip(f"{library_of(request.param)} is not installed")
     return request.param
 
 
@@ -62,45 +63,19 @@ def load(folder, kind, device, dtype=torch.float32):
     )
 
 
-def weight_of(module):
-    """The dequantised weight (out, in) in fp64."""
-    weight = module.weight
-    if type(weight).__module__.startswith("torchao"):
-        return weight.dequantize().double()
-    bitsandbytes = importlib.import_module("bitsandbytes")
-    if isinstance(module, bitsandbytes.nn.Linear4bit):
-        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).double()
-    scales = module.state.SCB if weight.SCB is None else weight.SCB
-    return weight.data.double() * scales.double().unsqueeze(1) / 127
-
-
 def dequantised(model, folder, dtype=torch.float32):
     """The model with plain layers that hold the quantised ones' weights."""
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(model.device)
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and is_quantised(module):
-                plain.get_submodule(name).weight.copy_(weight_of(module))
+                plain.get_submodule(name).weight.copy_(dequantised_weight(module))
     return plain
 
 
 def layer(kind, device, dtype=torch.float32, rank=6, **settings):
     """An adapter layer over a quantised nn.Linear(96, 64), lora_B drawn too."""
-    base = nn.Linear(96, 64, dtype=dtype)
-    if kind.startswith("torchao"):
-        base = base.to(device)
-        importlib.import_module("torchao.quantization").quantize_(base, config(kind, dtype).quant_type)
-    else:
-        bitsandbytes = importlib.import_module("bitsandbytes")
-        if kind == "bnb_8bit":
-            new = bitsandbytes.nn.Linear8bitLt(96, 64, has_fp16_weights=False, threshold=6.0)
-        else:
-            quant_type, _, double = kind.partition("_")
-            new = bitsandbytes.nn.Linear4bit(
-                96, 64, compute_dtype=dtype, compress_statistics=bool(double), quant_type=quant_type
-            )
-        new.load_state_dict(base.state_dict())
-        base = new.to(device)
+    base = quantised(nn.Linear(96, 64, dtype=dtype, device=device), kind)
     adapter = VarRankLoRALinear(base, rank, **settings)
     nn.init.normal_(adapter.lora_B, std=0.1)
     return adapter
@@ -174,11 +149,11 @@ def test_layer_matches_the_dequantised_one(kind, device, dtype, adapter_dtype, p
     grad_A, grad_B = torch.autograd.grad(expected, (lora_A, lora_B), upstream.double())
     kept = torch.where(x.detach() == 0, 0.0, dropped / x.detach().double())
     update = kept * (0.7 * upstream.double() @ lora_B @ lora_A)
-    grad_x = upstream.double() @ weight_of(adapter.base_layer) + update
+    grad_x = upstream.double() @ dequantised_weight(adapter.base_layer) + update
     for got, wanted in ((x.grad, grad_x), (adapter.lora_A.grad, grad_A), (adapter.lora_B.grad, grad_B)):
         assert relative_error(got, wanted) <= 4 * RELATIVE[dtype]
     # The base product is that of the dequantised weight, up to what the library rounds.
-    plain = linear(x.detach().double(), weight_of(adapter.base_layer), adapter.bias.double())
+    plain = linear(x.detach().double(), dequantised_weight(adapter.base_layer), adapter.bias.double())
     assert relative_error(base, plain) <= max(4 * RELATIVE[dtype], ROUNDED_INPUT.get(kind, 1e-4))
 
 
@@ -252,6 +227,13 @@ def test_merging_raises_and_says_what_to_do(kind, device):
         adapter.merge()
     assert not adapter.merged
     assert torch.equal(adapter(x), y)
+
+
+def test_benchmark_of_each_kind_is_right(kind, device):
+    """Wrong results get no row."""
+    row = run(_case(kind, 40, 96, 64, 5, 0.3, device=device), device, None)
+    assert row["error"] < 1e-2
+    assert {"eager", "PEFT"} >= row["peers"].keys() >= {"eager"}
 
 
 class TestModel:
