@@ -709,7 +709,8 @@ def compare(
         str | None,
         typer.Option(
             "--metric",
-            help="Of the verdict: accuracy, macro_f1 or matthews; for regression pearson or spearman [the first].",
+            help="Of the verdict: accuracy, macro_f1, matthews or, of the second of two classes, f1; for regression "
+            "pearson or spearman [the first].",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=2, help="Runs of each arm.")] = 5,

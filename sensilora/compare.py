@@ -102,9 +102,15 @@ class Settings:
             raise SensiloraError(f"learning_rate must be a finite number above 0, not {self.learning_rate}")
         if not 0 <= self.warmup <= 1:
             raise SensiloraError(f"warmup must be in [0, 1], not {self.warmup}")
-        known = REGRESSION_METRICS if self.classes is None else CLASSIFICATION_METRICS
-        if self.metric not in known:
-            raise SensiloraError(f"metric {self.metric!r} does not fit the data; choose {', '.join(known)}")
+        if self.metric not in self.metrics:
+            raise SensiloraError(f"metric {self.metric!r} does not fit the data; choose {', '.join(self.metrics)}")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Of each run; "f1" is that of the second of two classes."""
+        if self.classes is None:
+            return REGRESSION_METRICS
+        return (*CLASSIFICATION_METRICS, "f1") if len(self.classes) == 2 else CLASSIFICATION_METRICS
 
 
 @dataclass(frozen=True)
@@ -228,8 +234,8 @@ def run_compare(
         plan: made for the model. None calibrates on at most 256 of `rows` (activation) and allots what uniform LoRA
             of `average_rank` costs.
         average_rank: see `plan`.
-        metric: what the verdict is about: "accuracy", "macro_f1" or "matthews"; for regression "pearson" or
-            "spearman". None for the first.
+        metric: what the verdict is about: "accuracy", "macro_f1", "matthews" or, of the second of two classes, "f1";
+            for regression "pearson" or "spearman". None for the first.
         seeds: runs of each arm, at least 2; seeds are `seed`, `seed` + 1 and so on.
         seed: the first.
         epochs, batch_size, learning_rate, warmup, weight_decay, dropout: of each run; AdamW with linear warm-up (as a
@@ -399,8 +405,12 @@ def calibration_batches(task: Task, rows: int = _CALIBRATION_ROWS) -> list[dict[
 
 
 def plan_of(report: SensitivityReport, average_rank: int) -> RankPlan:
-    """The plan for as many parameters as uniform LoRA of this rank has."""
-    return allocate(report, total_parameters=average_rank * sum(sum(report[name].shape) for name in report))
+    """The plan for as many parameters as uniform LoRA of this rank has.
+
+    At an average of 1 a matrix may go without, or there would be nothing to allot.
+    """
+    budget = average_rank * sum(sum(report[name].shape) for name in report)
+    return allocate(report, total_parameters=budget, min_rank=min(average_rank - 1, 1))
 
 
 def uniform_ranks(plan: RankPlan) -> dict[str, int]:
@@ -834,16 +844,19 @@ def _evaluate(task: Task, layout: _Layout, place: int) -> dict[str, float]:
     logits = torch.cat(outputs)
     if task.settings.classes is None:
         return regression_metrics(gold, logits.squeeze(-1).tolist())
-    return classification_metrics(gold, logits.argmax(-1).tolist())
+    return classification_metrics(gold, logits.argmax(-1).tolist(), binary=len(task.settings.classes) == 2)
 
 
 # Metrics
 
 
-def classification_metrics(gold: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
+def classification_metrics(
+    gold: Sequence[int], predicted: Sequence[int], *, binary: bool = False
+) -> dict[str, float]:
     """Accuracy, macro-F1, and Matthews' correlation for any number of classes (Gorodkin 2004, R_K).
 
-    The correlation is 0 where it is undefined, all rows having one class in `gold` or `predicted`.
+    With `binary` also the F1 of class 1. The correlation is 0 where it is undefined, all rows having one class in
+    `gold` or `predicted`, and so is the F1 where class 1 is in neither.
     """
     accuracy, macro_f1 = accuracy_and_macro_f1(gold, predicted)
     rows, there, said = len(gold), Counter(gold), Counter(predicted)
@@ -851,7 +864,11 @@ def classification_metrics(gold: Sequence[int], predicted: Sequence[int]) -> dic
     covariance = hits * rows - sum(there[label] * said[label] for label in there)
     spread = math.prod(rows**2 - sum(n**2 for n in counts.values()) for counts in (there, said))
     matthews = covariance / math.sqrt(spread) if spread else 0.0
-    return {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews}
+    found = {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews}
+    if binary:
+        both = sum(g == p == 1 for g, p in zip(gold, predicted, strict=True))
+        found["f1"] = 2 * both / (there[1] + said[1]) if there[1] + said[1] else 0.0
+    return found
 
 
 def regression_metrics(gold: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
@@ -968,7 +985,7 @@ class Comparison:
 
     def table(self) -> Table:
         """Means with their standard errors, a row an arm; then the plan's paired differences."""
-        metrics = REGRESSION_METRICS if self.settings.classes is None else CLASSIFICATION_METRICS
+        metrics = self.settings.metrics
         together = max(record["side_by_side"] for record in self.records.values())
         table = Table(
             title=f"{self.settings.model}: mean and standard error over {self.settings.seeds} seeds, in points",

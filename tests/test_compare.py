@@ -69,7 +69,7 @@ def made_up(values):
     """A comparison whose runs have these accuracies, by arm."""
     records = {
         Run(arm, seed): {
-            "metrics": dict.fromkeys(compare.CLASSIFICATION_METRICS, value),
+            "metrics": dict.fromkeys(settings().metrics, value),
             "adapter_parameters": 100,
             "seconds": 1.0,
             "peak_memory_bytes": 2**20,
@@ -90,8 +90,9 @@ def test_matthews_of_two_classes_is_the_usual_formula(pairs):
     (tn, fp), (fn, tp) = (tuple(pairs.count((g, p)) for p in (0, 1)) for g in (0, 1))
     spread = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     expected = (tp * tn - fp * fn) / math.sqrt(spread) if spread else 0.0
-    found = classification_metrics(gold, predicted)
+    found = classification_metrics(gold, predicted, binary=True)
     assert found["matthews"] == pytest.approx(expected, abs=1e-12)
+    assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0)
     assert found["accuracy"] == (tp + tn) / len(pairs)
 
 
@@ -576,7 +577,7 @@ def test_a_checkpoint_of_finished_runs_is_no_start_for_others(model, tmp_path, m
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"learning_rate": math.nan}, "learning_rate must be a finite number"),
         ({"warmup": 1.5}, "warmup must be in"),
-        ({"metric": "pearson"}, "metric 'pearson' does not fit the data; choose accuracy, macro_f1, matthews"),
+        ({"metric": "pearson"}, "metric 'pearson' does not fit the data; choose accuracy, macro_f1, matthews, f1"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
     ],
 )
