@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer, TrainingArguments
 
 import sensilora
 from benchmarks.bench_quantised import _case, dequantised_weight, library_of, quantised
@@ -457,3 +457,23 @@ class TestPeft:
         assert not any(isinstance(module, integration._Fused) for module in model.modules())
         integration.fuse(model)
         assert sum(isinstance(module, integration.FusedQuantised) for module in model.modules()) == 14
+
+    def test_trainer_takes_a_plan_through_peft_and_refuses_others(self, integration, folder, kind, device, tmp_path):
+        """What docs/quantised.md says of it."""
+        model = load(folder, kind, device, torch.bfloat16)
+        plan = sensilora.allocate(calibrate(model, device), average_rank=3)
+        rows = [{key: value[0] for key, value in batch.items()} for batch in batches("cpu", 4)]
+        arguments = TrainingArguments(
+            tmp_path, max_steps=3, use_cpu=device == "cpu", report_to=[], per_device_train_batch_size=2,
+            gradient_checkpointing=True, learning_rate=1e-2, bf16=True,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="attach trainable adapters"):
+            Trainer(sensilora.inject(copy.deepcopy(model), plan), arguments, train_dataset=rows)
+        model = integration.fuse(self.peft.get_peft_model(model, plan.to_lora_config(task_type="CAUSAL_LM")))
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        Trainer(model, arguments, train_dataset=rows).train()
+        changed = [
+            name for name, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[name])
+        ]
+        assert len(changed) == len(before)
+        assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
