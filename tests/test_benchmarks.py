@@ -18,6 +18,7 @@ from benchmarks import (
     bench_lora_linear,
     bench_lora_segments,
     bench_model,
+    bench_peft,
     fuzz,
     harness,
     report,
@@ -108,6 +109,7 @@ SMALL = {
     "group": lambda p: bench_lora_group._case("cpu", 48, 40, [(32, 6), (24, 11), (40, 17)], p),
     "segments": lambda p: bench_lora_segments._case("cpu", 48, (20, 1, 11, 30), (4, 8, 3, 20)),
     "model": lambda p: bench_model._case("cpu", LLAMA, 2, 8, p),
+    "peft": lambda p: bench_peft._case("cpu", LLAMA, 2, 8, p),
 }
 
 
@@ -204,7 +206,7 @@ def test_fuzz_counts_what_it_checked_and_records_it(tmp_path, monkeypatch):
     assert fuzz.main(["--device", "cpu", "--cases", "70", "--commit", "abc"]) == 0
     (path,) = (tmp_path / "out" / "benchmarks").iterdir()
     rows = {row["id"]: row for row in json.loads(path.read_text())}
-    assert {name: row["cases"] for name, row in rows.items() if row["cases"]} == {
+    assert {name: row["cases"] for name, row in rows.items()} == {
         "fuzz/autocorrelation_diag": 10,
         "fuzz/diagonal_metrics": 10,
         "fuzz/fisher_diag": 40,
