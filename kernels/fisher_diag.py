@@ -1,7 +1,7 @@
 """The Fisher diagonal of a linear layer as one product that squares its own sums in registers.
 
     per_sequence   out += Σ_n (G_nᵀ X_n)²              2 T in out FLOP, as the weight gradient
-    per_position   out += (G∘G)ᵀ (X∘X)                 three products of bf16, see below
+    per_position   out += (G∘G)ᵀ (X∘X)                 2 T in out FLOP and what rounding needs, see below
 
 A program owns a tile of out and walks all rows; where a sequence ends, the sum is squared into another accumulator
 and starts again, so no gradient of a sequence is ever stored. The walk is one loop over steps of BLOCK_K rows, those
@@ -14,9 +14,22 @@ tile read of the next sequence 70%.) Elsewhere a table says where each step begi
 A tensor core cuts off what it adds to a sum, so long sums of one sign fall short; a few steps at a time are summed
 there, and those sums in fp32 proper.
 
-The square of a bf16 number has 16 significant bits: it is the sum of two bf16 numbers. per_position multiplies these
-in three of the four combinations; the fourth is below 2^-18 of the result. Squares of fp16 and fp32 numbers go to
-three TF32 products, which drop as little.
+per_position squares in every program where the product is small, in three products. The square of a bf16 number has
+16 significant bits: it is the sum of two bf16 numbers, of whose four products the smallest is below 2^-18 of the
+result. Squares of fp16 and fp32 numbers go to three TF32 products, which drop as little.
+
+Large products on Hopper take squares rounded to fp16 (11 bits), written once, and correct those rows whose rounding
+matters:
+
+- A column of squares is multiplied by the power of two that brings its sum below 2^15: no square can overflow, and
+  what becomes subnormal is below 2^-28 of the sum.
+- Rounding changes out by Σ_t (lost g_t) x_tᵀ + g_t (lost x_t)ᵀ. A factor a row (_row_factor) makes what is lost
+  independent between rows, whatever the data, so that the norm of this error follows from norms of rows, which the
+  pass knows. With normal data it is 9e-6 of out's norm at 8192 rows and falls with the root of their number.
+- Adding (Σ_t lost g_t) (mean x)ᵀ and (mean g) (Σ_t lost x_t)ᵀ, two rows more of the product, leaves of each row only
+  its difference from the mean: 8e-6.
+- Rows that would bring the error above TOLERANCE are corrected, the largest always: both terms are two rows more of
+  the product, of what was lost and of rounded squares. Of few rows all are, which makes three products again.
 
 Nothing is atomic, so results repeat bit for bit.
 """
@@ -29,6 +42,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sensilora.kernels._common import multiprocessors, sum_partials
+from sensilora.kernels.autocorrelation_diag import launch_autocorrelation_diag
 
 # BLOCK of out_features, BLOCK of in_features, BLOCK_K, GROUP, num_warps, num_stages. Three fp32 accumulators of
 # 128x128 are what 8 warps can hold.
@@ -39,8 +53,20 @@ TMA_MIN_FEATURES = 128
 # Steps whose sum is left to the tensor cores; fp32 takes six of their instructions where bf16 takes one.
 TMA_CHUNK = tl.constexpr(8)
 CHUNK = 4
-# Rows of squares that are stored at a time.
-SQUARED_ROWS = 16384
+# The same for the product of squares, and the passes that write these.
+POSITION_CONFIG = (128, 128, 64, 8, 8, 5)
+SQUARES_CONFIG = {"BLOCK_T": 64, "BLOCK_C": 128, "STAGES": 2, "num_warps": 16}
+CHOOSE_BLOCK, CHOOSE_WARPS = 1024, 32
+POSITION_CHUNK = 8
+# Products below which its dozen launches take longer than squaring in every program.
+SQUARES_MIN_WORK = 2**32
+# Rows whose squares are stored at a time, and steps that a split has at least.
+SQUARED_ROWS = 8192
+SPLIT_STEPS = 8
+# Error that rounding the squares may bring, relative to the result's norm.
+TOLERANCE = 9.5e-6
+# Between what rounding leaves of a square, which may be subnormal, and the rounded square it is multiplied by.
+LOW_SCALE = 64.0
 REDUCE_BLOCK = 1024
 
 
@@ -54,16 +80,25 @@ def _tile(tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _write(out, first_m, first_n, total, ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Write a tile by TMA in two halves, which take half the shared memory of one."""
+    low, high = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    if ACCUMULATE:
+        low += out.load([first_m, first_n])
+        high += out.load([first_m, first_n + BLOCK_N // 2])
+    out.store([first_m, first_n], low)
+    out.store([first_m, first_n + BLOCK_N // 2], high)
+
+
+@triton.jit
 def _fisher_tma_kernel(
     grad,
     x,
     out,
     counts,
     splits,
-    rows,
     out_features,
     in_features,
-    POSITION: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -74,54 +109,316 @@ def _fisher_tma_kernel(
     """out (number of splits * out_features, in_features) = or += Σ_n (G_nᵀ X_n)² over a split's steps.
 
     grad (rows, out_features), x (rows, in_features) and out are tensor descriptors. counts holds the steps of each
-    sequence; splits the first step and sequence of every split. With POSITION grad and x are squares, their high
-    halves above their low ones, and no sums are squared.
+    sequence; splits the first step and sequence of every split.
     """
     tile_m, tile_n = _tile(tl.cdiv(out_features, BLOCK_M), tl.cdiv(in_features, BLOCK_N), GROUP)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     split = tl.program_id(1)
     first, last = tl.load(splits + 2 * split), tl.load(splits + 2 * split + 2)
-    steps = last - first
     sequence = counts + tl.load(splits + 2 * split + 1)
     # Steps left of the sequence, and those of the next one, fetched while this one runs.
-    left, upcoming = steps, steps
-    if not POSITION:
-        left, upcoming = tl.load(sequence), tl.load(sequence + 1)
+    left, upcoming = tl.load(sequence), tl.load(sequence + 1)
     part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     gradient = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for turn in tl.range(0, 3 * steps if POSITION else steps, num_stages=STAGES):
-        grad_row = (first + turn) * BLOCK_K
-        x_row = grad_row
-        if POSITION:
-            # low * high, high * low, high * high, one after the other.
-            product = turn // steps
-            x_row -= product * steps * BLOCK_K
-            grad_row = x_row + tl.where(product == 0, rows, 0)
-            x_row += tl.where(product == 1, rows, 0)
-        part = tl.dot(grad.load([grad_row, first_m]).T, x.load([x_row, first_n]), part)
+    for turn in tl.range(0, last - first, num_stages=STAGES):
+        row = (first + turn) * BLOCK_K
+        part = tl.dot(grad.load([row, first_m]).T, x.load([row, first_n]), part)
         left -= 1
         if left % TMA_CHUNK == 0:
-            if POSITION:
-                total += part
-            else:
-                gradient += part
+            gradient += part
             part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             if left == 0:
-                if not POSITION:
-                    total += gradient * gradient
-                    gradient = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-                    sequence += 1
+                total += gradient * gradient
+                gradient = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                sequence += 1
                 left = upcoming
-                if not POSITION:
-                    upcoming = tl.load(sequence + 1)
-    first_m += split * out_features
-    low, high = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-    if ACCUMULATE:
-        low += out.load([first_m, first_n])
-        high += out.load([first_m, first_n + BLOCK_N // 2])
-    out.store([first_m, first_n], low)
-    out.store([first_m, first_n + BLOCK_N // 2], high)
+                upcoming = tl.load(sequence + 1)
+    _write(out, split * out_features + first_m, first_n, total, ACCUMULATE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _exponent(number):
+    """Exponent bits of a positive fp32 number."""
+    return number.to(tl.int32, bitcast=True) >> 23 & 255
+
+
+@triton.jit
+def _power(exponent):
+    """The power of two with these exponent bits."""
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale_exponent(sums):
+    """Exponent bits of the power of two that brings `sums` to [2^14, 2^15), where all it sums fits fp16."""
+    return tl.minimum(127 + 14 + 127 - _exponent(sums), 250)
+
+
+@triton.jit
+def _largest_to_one(sums, columns, BLOCK: tl.constexpr):
+    """The power of two that brings the largest of `sums` to [1/2, 1)."""
+    largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, columns, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(sums + c, mask=c < columns, other=0.0))
+    return _power(tl.maximum(253 - _exponent(tl.max(largest, axis=0)), 1))
+
+
+@triton.jit
+def _lane_sums(tile, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(BLOCK_T, BLOCK_C) to (BLOCK_T, BLOCK_C / 8): what lies in a thread is added, nothing is exchanged."""
+    return tl.sum(tl.reshape(tile, (BLOCK_T, BLOCK_C // 8, 8)), axis=2)
+
+
+@triton.jit
+def _row_factor(row, GRADIENT: tl.constexpr):
+    """A factor in [1, 1.125) for each row of the gradient, and its inverse for x.
+
+    It lets equal rows round differently, so that the errors of a column are independent whatever the data.
+    """
+    phase = row.to(tl.uint32) * tl.full((), 0x9E3779B9, tl.uint32)
+    factor = 1.0 + (phase >> 8).to(tl.int32).to(tl.float32) * 2.0**-27
+    if not GRADIENT:
+        factor = 1.0 / factor
+    return factor
+
+
+@triton.jit
+def _fisher_squares_kernel(
+    source,
+    out,
+    sums,
+    norms,
+    lost_sums,
+    rows,
+    stride,
+    columns,
+    GRADIENT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Squares of source (rows, columns), times powers of two, rounded to fp16: the first stride rows of out.
+
+    A program has BLOCK_T rows; rows from `rows` on are zero. sums (columns,) are those of the columns' squares.
+    norms (3, stride) receives of every row u the squared norm of u less its column means, that of u less the rounded
+    u, and the product of u with sums, in units of the largest sum. lost_sums (programs, columns) receives column sums
+    of what is lost by rounding.
+    """
+    slot = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    unit = _largest_to_one(sums, columns, 1024)
+    factor = _row_factor(slot, GRADIENT)[:, None]
+    inverse = _row_factor(slot, not GRADIENT)[:, None]
+    counted = slot < rows
+    spread = tl.zeros((BLOCK_T, BLOCK_C // 8), dtype=tl.float32)
+    lost = tl.zeros((BLOCK_T, BLOCK_C // 8), dtype=tl.float32)
+    along = tl.zeros((BLOCK_T, BLOCK_C // 8), dtype=tl.float32)
+    for first in tl.range(0, columns, BLOCK_C, num_stages=STAGES):
+        c = first + tl.arange(0, BLOCK_C)
+        inside = (c < columns)[None, :]
+        pointers = source + slot.to(tl.int64)[:, None] * columns + c[None, :]
+        value = tl.load(pointers, mask=counted[:, None] & inside, other=0.0).to(tl.float32)
+        total = tl.load(sums + c, mask=c < columns, other=0.0)
+        exponent = _scale_exponent(total)
+        scale, size = _power(exponent), _power(254 - exponent) * unit
+        value = value * value * scale[None, :] * factor
+        rounded = value.to(tl.float16)
+        tl.store(out + slot.to(tl.int64)[:, None] * columns + c[None, :], rounded, mask=inside)
+        left = value - rounded.to(tl.float32)
+        tl.store(lost_sums + tl.program_id(0).to(tl.int64) * columns + c, tl.sum(left * inverse, 0), mask=c < columns)
+        centred = (value - (total * scale / rows)[None, :] * factor) * size[None, :]
+        left *= size[None, :]
+        spread += _lane_sums(centred * centred, BLOCK_T, BLOCK_C)
+        lost += _lane_sums(left * left, BLOCK_T, BLOCK_C)
+        along += _lane_sums(value * (total * unit * size)[None, :], BLOCK_T, BLOCK_C)
+    tl.store(norms + slot, tl.sum(spread, axis=1))
+    tl.store(norms + stride + slot, tl.sum(lost, axis=1))
+    tl.store(norms + 2 * stride + slot, tl.sum(along, axis=1))
+
+
+@triton.jit
+def _fisher_means_kernel(
+    out, sums, lost_sums, chosen, rows, stride, columns, programs, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The two rows of out from stride on: the sum of what rounding lost and the mean, of x the other way round.
+
+    They are zero where chosen says that means are not subtracted.
+    """
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < columns
+    lost = sum_partials(lost_sums, c, columns, programs, 128)
+    total = tl.load(sums + c, mask=inside, other=0.0)
+    mean = total * _power(_scale_exponent(total)) / rows
+    if tl.load(chosen + 1) == 0:
+        lost, mean = lost * 0.0, mean * 0.0
+    out += stride.to(tl.int64) * columns + c
+    tl.store(out + (0 if GRADIENT else columns), lost.to(tl.float16), mask=inside)
+    tl.store(out + (columns if GRADIENT else 0), mean.to(tl.float16), mask=inside)
+
+
+@triton.jit
+def _fisher_chosen_kernel(
+    source,
+    out,
+    sums,
+    chosen,
+    rows,
+    stride,
+    columns,
+    GRADIENT: tl.constexpr,
+    LOW_SCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Two rows of out for each row of source that chosen lists, behind those of _fisher_means_kernel.
+
+    They are what rounding lost and the rounded squares, less their mean where chosen says so, of x the other way
+    round: with those of the means their products add what the product of rounded squares lacks in the chosen rows.
+    """
+    slot = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slots = 2 * tl.load(chosen) + 2
+    if tl.program_id(0) * BLOCK_T >= tl.cdiv(slots, BLOCK_K) * BLOCK_K:
+        return
+    counted = (slot >= 2) & (slot < slots)
+    row = tl.load(chosen + 1 + slot // 2, mask=counted, other=0)
+    around = tl.load(chosen + 1).to(tl.float32) / rows
+    factor = _row_factor(row, GRADIENT)[:, None]
+    is_lost = (slot % 2 == (0 if GRADIENT else 1))[:, None]
+    for first in tl.range(0, columns, BLOCK_C, num_stages=STAGES):
+        c = first + tl.arange(0, BLOCK_C)
+        inside = (c < columns)[None, :]
+        pointers = source + row.to(tl.int64)[:, None] * columns + c[None, :]
+        value = tl.load(pointers, mask=counted[:, None] & inside, other=0.0).to(tl.float32)
+        total = tl.load(sums + c, mask=c < columns, other=0.0)
+        scale = _power(_scale_exponent(total))
+        value = value * value * scale[None, :] * factor
+        rounded = value.to(tl.float16).to(tl.float32)
+        centred = rounded - (total * scale * around)[None, :] * factor
+        pair = tl.where(is_lost, (value - rounded) * LOW_SCALE, centred / LOW_SCALE)
+        pair = tl.where(counted[:, None], pair, 0.0).to(tl.float16)
+        pointers = out + (stride + slot).to(tl.int64)[:, None] * columns + c[None, :]
+        tl.store(pointers, pair, mask=(slot >= 2)[:, None] & inside)
+
+
+@triton.jit
+def _powers_of_sums(sums, columns, BLOCK: tl.constexpr):
+    """Sums of the squares and of the fourth powers of `sums`, in units of about the largest."""
+    unit = _largest_to_one(sums, columns, BLOCK)
+    second, fourth = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, columns, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        value = tl.load(sums + c, mask=c < columns, other=0.0) * unit
+        second += value * value
+        fourth += value * value * value * value
+    return tl.sum(second, axis=0), tl.sum(fourth, axis=0)
+
+
+@triton.jit
+def _fisher_choose_kernel(
+    norms_x,
+    norms_grad,
+    sums_x,
+    sums_grad,
+    chosen,
+    rows,
+    stride,
+    in_features,
+    out_features,
+    TOLERANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Which rows need more than rounded squares for an error of TOLERANCE, to chosen.
+
+    chosen is the number of rows, whether means are subtracted, and the list of rows. Rounding row t changes out by a
+    matrix of squared norm w_t = |lost g|^2 |x|^2 + |g|^2 |lost x|^2, or, if the sums of what is lost are added times
+    the other matrix's mean, with |x - mean| and |g - mean|, which is less unless few rows hold most of the sum. These
+    changes are independent of each other, so the error's squared norm is about the sum of the w_t of the rows that
+    are not chosen. out's norm is at least its product with the unit matrix along (mean of g) (mean of x)^T.
+    """
+    row = tl.arange(0, BLOCK)
+    inside = row < rows
+    spread_x = tl.load(norms_x + row, mask=inside, other=0.0)
+    lost_x = tl.load(norms_x + stride + row, mask=inside, other=0.0)
+    along_x = tl.load(norms_x + 2 * stride + row, mask=inside, other=0.0)
+    spread_grad = tl.load(norms_grad + row, mask=inside, other=0.0)
+    lost_grad = tl.load(norms_grad + stride + row, mask=inside, other=0.0)
+    along_grad = tl.load(norms_grad + 2 * stride + row, mask=inside, other=0.0)
+    second_x, fourth_x = _powers_of_sums(sums_x, in_features, BLOCK)
+    second_grad, fourth_grad = _powers_of_sums(sums_grad, out_features, BLOCK)
+    error = lost_grad * spread_x + spread_grad * lost_x
+    # |x|^2 = |x - mean|^2 + 2 x mean - |mean|^2, where the mean has the row's factor.
+    mean_x, mean_grad = _row_factor(row, False) / rows, _row_factor(row, True) / rows
+    square_x = spread_x + mean_x * (2.0 * along_x - mean_x * second_x)
+    square_grad = spread_grad + mean_grad * (2.0 * along_grad - mean_grad * second_grad)
+    plain = lost_grad * square_x + square_grad * lost_x
+    centred = tl.sum(error, axis=0) < tl.sum(tl.where(inside, plain, 0.0), axis=0)
+    error = tl.where(centred, error, plain)
+    norm = tl.sum(along_x * along_grad, axis=0)
+    # Nothing but zeros is 0 in units of the largest, else there is a number of at least 1/4 among the squares.
+    second_x, second_grad = tl.maximum(second_x, 0.25), tl.maximum(second_grad, 0.25)
+    allowed = TOLERANCE * TOLERANCE * norm * norm / (second_x * second_grad)
+    # Three standard deviations of a sum of as many squares as there are columns that count.
+    concentration = tl.maximum(fourth_x / (second_x * second_x), fourth_grad / (second_grad * second_grad))
+    allowed /= 1.0 + 3.0 * tl.sqrt(2.0 * concentration)
+    # Rows of at most their share; of the others those that fit in what this leaves, unless they take much of it.
+    share = allowed / rows
+    kept = error <= share
+    allowed -= tl.sum(tl.where(kept & inside, error, 0.0), axis=0)
+    medium = inside & (error > share) & (error <= 4 * share)
+    kept = kept | (medium & (tl.cumsum(tl.where(medium, error, 0.0), axis=0) <= allowed))
+    taken = (inside & (kept == 0)).to(tl.int32)
+    tl.store(chosen, tl.sum(taken, axis=0))
+    tl.store(chosen + 1, centred.to(tl.int32))
+    tl.store(chosen + 1 + tl.cumsum(taken, axis=0), row, mask=taken != 0)
+
+
+@triton.jit
+def _fisher_position_kernel(
+    grad,
+    x,
+    out,
+    sums_grad,
+    sums_x,
+    chosen,
+    steps,
+    out_features,
+    in_features,
+    split_features,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """out (number of splits * split_features, in_features) = or += gradᵀ x over a split's share of the steps.
+
+    grad and x are tensor descriptors of rounded squares and, behind `steps` steps, of the rows that correct them;
+    their powers of two are undone.
+    """
+    tile_m, tile_n = _tile(tl.cdiv(out_features, BLOCK_M), tl.cdiv(in_features, BLOCK_N), GROUP)
+    first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    steps += tl.cdiv(2 * tl.load(chosen) + 2, BLOCK_K)
+    first, last = steps * split // splits, steps * (split + 1) // splits
+    left = last - first
+    part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in tl.range(first, last, num_stages=STAGES):
+        row = step * BLOCK_K
+        part = tl.dot(grad.load([row, first_m]).T, x.load([row, first_n]), part)
+        left -= 1
+        if left % CHUNK == 0:
+            total += part
+            part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    total *= _power(254 - _scale_exponent(tl.load(sums_grad + m, mask=m < out_features, other=1.0)))[:, None]
+    total *= _power(254 - _scale_exponent(tl.load(sums_x + n, mask=n < in_features, other=1.0)))[None, :]
+    _write(out, split * split_features + first_m, first_n, total, ACCUMULATE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -200,13 +497,8 @@ def _fisher_kernel(
 
 
 @triton.jit
-def _fisher_align_kernel(
-    source, out, table, columns, low_offset, SQUARE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Rows of source (rows, columns) to the steps of out, zero behind a sequence's end; a program has one step.
-
-    With SQUARE their squares, as the bf16 numbers nearest to them and, low_offset elements behind, what is left.
-    """
+def _fisher_align_kernel(source, out, table, columns, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows of source (rows, columns) to the steps of out, zero behind a sequence's end; a program has one step."""
     step = tl.program_id(0)
     first, here = tl.load(table + 3 * step), tl.load(table + 3 * step + 1)
     t = tl.arange(0, BLOCK_T)
@@ -217,12 +509,7 @@ def _fisher_align_kernel(
         mask=(t < here)[:, None] & inside,
         other=0.0,
     )
-    pointers = out + (step * BLOCK_T + t).to(tl.int64)[:, None] * columns + c[None, :]
-    if SQUARE:
-        square = tile.to(tl.float32) * tile.to(tl.float32)
-        tile = square.to(tile.dtype)
-        tl.store(pointers + low_offset, (square - tile.to(tl.float32)).to(tile.dtype), mask=inside)
-    tl.store(pointers, tile, mask=inside)
+    tl.store(out + (step * BLOCK_T + t).to(tl.int64)[:, None] * columns + c[None, :], tile, mask=inside)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -270,10 +557,10 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _by_tma(x: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, position: bool) -> bool:
+def _by_tma(x: torch.Tensor, grad: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether tensor descriptors can read all three, and the tiles are not mostly outside."""
     return (
-        x.dtype in ((torch.bfloat16,) if position else (torch.bfloat16, torch.float16))
+        x.dtype in (torch.bfloat16, torch.float16)
         and out.dtype == torch.float32
         and _is_hopper(x.device)
         and all(t.shape[1] >= TMA_MIN_FEATURES and t.shape[1] % 8 == 0 for t in (x, grad))
@@ -286,13 +573,12 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _aligned(source: torch.Tensor, table: torch.Tensor, block_k: int, *, square: bool) -> torch.Tensor:
-    """source (rows, columns) with every step's rows apart; with `square` their squares in two halves."""
+def _aligned(source: torch.Tensor, table: torch.Tensor, block_k: int) -> torch.Tensor:
+    """source (rows, columns) with every step's rows apart."""
     steps, columns = table.shape[0] - 1, source.shape[1]
-    rows, block_c = steps * block_k, 128
-    out = torch.empty(rows * (2 if square else 1), columns, dtype=source.dtype, device=source.device)
-    _fisher_align_kernel[(steps, _cdiv(columns, block_c))](
-        source, out, table, columns, rows * columns, SQUARE=square, BLOCK_T=block_k, BLOCK_C=block_c, num_warps=4
+    out = torch.empty(steps * block_k, columns, dtype=source.dtype, device=source.device)
+    _fisher_align_kernel[(steps, _cdiv(columns, 128))](
+        source, out, table, columns, BLOCK_T=block_k, BLOCK_C=128, num_warps=4
     )
     return out
 
@@ -311,58 +597,116 @@ def launch_fisher_diag(
         accumulate: add to `out` where true; overwrite it where false.
     """
     lengths = lengths[lengths > 0]
-    position, rows = convention == "per_position", x.shape[0]
+    rows = x.shape[0]
     if out.numel() == 0 or rows == 0:
         if not accumulate:
             out.zero_()
-        return
-    if not position:
+    elif convention == "per_sequence":
         _launch(x, grad, tuple(lengths.tolist()), False, out, accumulate)
-        return
-    # Sums over positions know no sequences; pieces let programs share the work.
-    for first in range(0, rows, SQUARED_ROWS):
-        some_x, some_grad = x[first : first + SQUARED_ROWS], grad[first : first + SQUARED_ROWS]
-        _launch(some_x, some_grad, _pieces(some_x.shape[0]), True, out, accumulate or first > 0)
+    elif _by_tma(x, grad, out) and rows * out.numel() >= SQUARES_MIN_WORK:
+        for first in range(0, rows, SQUARED_ROWS):
+            some = slice(first, first + SQUARED_ROWS)
+            _launch_squares(x[some], grad[some], out, accumulate or first > 0)
+    else:
+        # Sums over positions know no sequences; pieces let programs share the work.
+        _launch(x, grad, _pieces(rows), True, out, accumulate)
+
+
+def _launch_squares(x: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
+    """per_position by TMA, of at most SQUARED_ROWS rows."""
+    (rows, in_features), out_features, device = x.shape, grad.shape[1], x.device
+    block_m, block_n, block_k, group, warps, stages = POSITION_CONFIG
+    steps = _cdiv(rows, block_k)
+    stride = steps * block_k
+    # Rows behind the squares: two for the means, two for each chosen row.
+    corrections = _cdiv(2 * rows + 2, block_k) * block_k
+    block_t = SQUARES_CONFIG["BLOCK_T"]
+    squares, sums, norms, lost_sums = [], [], [], []
+    for source, is_grad in ((x, False), (grad, True)):
+        columns = source.shape[1]
+        squares.append(torch.empty(stride + corrections, columns, dtype=torch.float16, device=device))
+        sums.append(torch.empty(columns, dtype=torch.float32, device=device))
+        norms.append(torch.empty(3, stride, dtype=torch.float32, device=device))
+        lost_sums.append(torch.empty(stride // block_t, columns, dtype=torch.float32, device=device))
+        launch_autocorrelation_diag(source, None, sums[-1], False)
+        _fisher_squares_kernel[(stride // block_t,)](
+            source, squares[-1], sums[-1], norms[-1], lost_sums[-1], rows, stride, columns, GRADIENT=is_grad,
+            **SQUARES_CONFIG,
+        )  # fmt: skip
+    chosen = torch.empty(rows + 2, dtype=torch.int32, device=device)
+    _fisher_choose_kernel[(1,)](
+        *norms, *sums, chosen, rows, stride, in_features, out_features, TOLERANCE=TOLERANCE,
+        BLOCK=max(CHOOSE_BLOCK, triton.next_power_of_2(rows)), num_warps=CHOOSE_WARPS,
+    )  # fmt: skip
+    for i, source in enumerate((x, grad)):
+        columns = source.shape[1]
+        _fisher_means_kernel[(_cdiv(columns, 32),)](
+            squares[i], sums[i], lost_sums[i], chosen, rows, stride, columns, stride // block_t, GRADIENT=i == 1,
+            BLOCK=32,
+        )  # fmt: skip
+        _fisher_chosen_kernel[(corrections // block_t,)](
+            source, squares[i], sums[i], chosen, rows, stride, columns, GRADIENT=i == 1, LOW_SCALE=LOW_SCALE,
+            BLOCK_K=block_k, **SQUARES_CONFIG,
+        )  # fmt: skip
+    tiles = _cdiv(out_features, block_m) * _cdiv(in_features, block_n)
+    splits = max(1, min(steps // SPLIT_STEPS, multiprocessors(device) // tiles))
+    partial, apart = _partial(out, splits, block_m)
+    _fisher_position_kernel[(tiles, splits)](
+        TensorDescriptor.from_tensor(squares[1], [block_k, block_m]),
+        TensorDescriptor.from_tensor(squares[0], [block_k, block_n]),
+        TensorDescriptor.from_tensor(partial.view(-1, in_features), [block_m, block_n // 2]),
+        sums[1], sums[0], chosen, steps, out_features, in_features, apart,
+        ACCUMULATE=accumulate and splits == 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=group,
+        CHUNK=POSITION_CHUNK, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    _reduce(partial, out, splits, apart, accumulate)
 
 
 def _launch(
     x: torch.Tensor, grad: torch.Tensor, lengths: tuple[int, ...], position: bool, out: torch.Tensor, accumulate: bool
 ) -> None:
     out_features, in_features = out.shape
-    tma = _by_tma(x, grad, out, position)
+    tma = not position and _by_tma(x, grad, out)
     config = TMA_CONFIG if tma else CONFIG if min(out.shape) > 64 else SMALL_CONFIG
     block_m, block_n, block_k, group, warps, stages = config
     tiles = _cdiv(out_features, block_m) * _cdiv(in_features, block_n)
     splits = max(1, min(len(lengths), multiprocessors(x.device) // tiles))
     table, counts, split_starts, starts = _steps(lengths, block_k, splits, x.device)
-    # A tile that a split writes by TMA must not reach into the next split's.
-    apart = _cdiv(out_features, block_m) * block_m if tma and splits > 1 else out_features
-    partial = out
-    if splits > 1:
-        partial = torch.empty(splits, apart, in_features, dtype=torch.float32, device=x.device)
+    partial, apart = _partial(out, splits, block_m if tma else 1)
     options = {
-        "POSITION": position, "ACCUMULATE": accumulate and splits == 1, "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "BLOCK_K": block_k, "GROUP": group, "STAGES": stages, "num_warps": warps,
+        "ACCUMULATE": accumulate and splits == 1, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+        "GROUP": group, "STAGES": stages, "num_warps": warps,
     }  # fmt: skip
     if tma:
-        if position or any(length % block_k for length in lengths[:-1]):
-            x = _aligned(x, table, block_k, square=position)
-            grad = _aligned(grad, table, block_k, square=position)
+        if any(length % block_k for length in lengths[:-1]):
+            x, grad = _aligned(x, table, block_k), _aligned(grad, table, block_k)
         _fisher_tma_kernel[(tiles, splits)](
             TensorDescriptor.from_tensor(grad, [block_k, block_m]),
             TensorDescriptor.from_tensor(x, [block_k, block_n]),
             TensorDescriptor.from_tensor(partial.view(-1, in_features), [block_m, block_n // 2]),
-            counts, split_starts, (table.shape[0] - 1) * block_k, apart, in_features, **options,
+            counts, split_starts, apart, in_features, **options,
         )  # fmt: skip
     else:
         _fisher_kernel[(tiles, splits)](
             grad, x, partial, table, starts, out_features, in_features,
             EVEN=out_features % block_m == 0 and in_features % block_n == 0,
-            PRECISION="tf32x3" if x.is_cuda else "ieee", **options,
+            POSITION=position, PRECISION="tf32x3" if x.is_cuda else "ieee", **options,
         )  # fmt: skip
+    _reduce(partial, out, splits, apart, accumulate)
+
+
+def _partial(out: torch.Tensor, splits: int, block_m: int) -> tuple[torch.Tensor, int]:
+    """Where splits write, and how many rows apart: a tile written by TMA must not reach into the next split's."""
+    if splits == 1:
+        return out, out.shape[0]
+    apart = _cdiv(out.shape[0], block_m) * block_m
+    return torch.empty(splits, apart, out.shape[1], dtype=torch.float32, device=out.device), apart
+
+
+def _reduce(partial: torch.Tensor, out: torch.Tensor, splits: int, apart: int, accumulate: bool) -> None:
     if splits > 1:
         _fisher_reduce_kernel[(_cdiv(out.numel(), REDUCE_BLOCK),)](
-            partial, out, apart * in_features, out.numel(), splits, ACCUMULATE=accumulate, BLOCK=REDUCE_BLOCK
+            partial, out, apart * out.shape[1], out.numel(), splits, ACCUMULATE=accumulate, BLOCK=REDUCE_BLOCK
         )
 
 

@@ -175,18 +175,55 @@ def hutchinson_accumulate(dtype: str) -> dict[str, int]:
     return compiled(kernel, types, constants, num_warps=hutchinson.WARPS)
 
 
-def fisher(position: bool) -> dict[str, int]:
+def fisher_sequence() -> dict[str, int]:
     block_m, block_n, block_k, group, warps, stages = fisher_diag.TMA_CONFIG
     types = {
         "grad": f"tensordesc<bf16[{block_k}, {block_m}]>", "x": f"tensordesc<bf16[{block_k}, {block_n}]>",
         "out": f"tensordesc<fp32[{block_m}, {block_n // 2}]>", "counts": "*i32", "splits": "*i32",
-        **dict.fromkeys(("rows", "out_features", "in_features"), "i32"),
+        **dict.fromkeys(("out_features", "in_features"), "i32"),
     }  # fmt: skip
     constants = {
-        "POSITION": position, "ACCUMULATE": True, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
-        "GROUP": group, "STAGES": stages,
+        "ACCUMULATE": True, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": group,
+        "STAGES": stages,
     }  # fmt: skip
     return compiled(fisher_diag._fisher_tma_kernel, types, constants, num_warps=warps)
+
+
+def fisher_position() -> dict[str, int]:
+    block_m, block_n, block_k, group, warps, stages = fisher_diag.POSITION_CONFIG
+    types = {
+        "grad": f"tensordesc<fp16[{block_k}, {block_m}]>", "x": f"tensordesc<fp16[{block_k}, {block_n}]>",
+        "out": f"tensordesc<fp32[{block_m}, {block_n // 2}]>", "chosen": "*i32", "steps": "i32 any",
+        **dict.fromkeys(("sums_grad", "sums_x"), "*fp32"),
+        **dict.fromkeys(("out_features", "in_features", "split_features"), "i32"),
+    }  # fmt: skip
+    constants = {
+        "ACCUMULATE": True, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": group,
+        "CHUNK": fisher_diag.POSITION_CHUNK, "STAGES": stages,
+    }  # fmt: skip
+    return compiled(fisher_diag._fisher_position_kernel, types, constants, num_warps=warps)
+
+
+def fisher_squares(chosen: bool) -> dict[str, int]:
+    types = {
+        "source": "*bf16", "out": "*fp16", "chosen": "*i32",
+        **dict.fromkeys(("sums", "norms", "lost_sums"), "*fp32"),
+        **dict.fromkeys(("rows", "stride", "columns"), "i32"),
+    }  # fmt: skip
+    constants = dict(fisher_diag.SQUARES_CONFIG)
+    warps = constants.pop("num_warps")
+    constants |= {"GRADIENT": True, "LOW_SCALE": fisher_diag.LOW_SCALE, "BLOCK_K": fisher_diag.POSITION_CONFIG[2]}
+    kernel = fisher_diag._fisher_chosen_kernel if chosen else fisher_diag._fisher_squares_kernel
+    return compiled(kernel, types, constants, num_warps=warps)
+
+
+def fisher_choose() -> dict[str, int]:
+    types = {
+        **dict.fromkeys(("norms_x", "norms_grad", "sums_x", "sums_grad"), "*fp32"), "chosen": "*i32",
+        **dict.fromkeys(("rows", "stride", "in_features", "out_features"), "i32"),
+    }  # fmt: skip
+    constants = {"TOLERANCE": fisher_diag.TOLERANCE, "BLOCK": fisher_diag.SQUARED_ROWS}
+    return compiled(fisher_diag._fisher_choose_kernel, types, constants, num_warps=fisher_diag.CHOOSE_WARPS)
 
 
 def metrics_pass(kernel, **constants) -> dict[str, int]:
@@ -219,8 +256,11 @@ CASES = {
     "metrics finish": lambda: metrics_cuts(diagonal_metrics._metrics_finish_kernel, 16),
     "segments product": segments_product,
     "segments down 64": lambda: segments_down(64),
-    "fisher per_sequence": lambda: fisher(position=False),
-    "fisher per_position": lambda: fisher(position=True),
+    "fisher per_sequence": fisher_sequence,
+    "fisher per_position": fisher_position,
+    "fisher squares": lambda: fisher_squares(chosen=False),
+    "fisher chosen squares": lambda: fisher_squares(chosen=True),
+    "fisher choose": fisher_choose,
     "down_beside 16": lambda: down("down_beside", 16, 1),
     "down_dropout 16": lambda: down("down_dropout", 16, 1, dropout=True),
     "down_beside 64": lambda: down("down_beside", 64, 3),

@@ -285,23 +285,95 @@ def test_bad_input(arguments, kwargs, message):
         fisher_diag(*arguments, **kwargs)
 
 
-@pytest.mark.parametrize("mode", CONVENTIONS)
-@pytest.mark.parametrize("lengths", [[128, 64], [300], [1, 64, 0, 130, 63], [5] * 20])
-@pytest.mark.parametrize("features", [(136, 144), (40, 264)])
-def test_hoppers_kernel_matches_oracle(monkeypatch, on_backend, device, mode, lengths, features, poisoned_empty):
-    """Under the interpreter too, which knows tensor descriptors: padded copies, chunks, splits, adding to `out`."""
-    x, g = torch.randn(sum(lengths), features[0]).half(), torch.randn(sum(lengths), features[1]).half()
+@pytest.fixture
+def hoppers(monkeypatch, on_backend):
+    """The module of Hopper's kernels, which serve all that follows; the interpreter knows tensor descriptors too."""
     with on_backend(OP, torch.float16):
         if _backend.forced_backend() != "triton":
             pytest.skip("the kernel is Triton's")
         kernels = pytest.importorskip("sensilora.kernels.fisher_diag")
         monkeypatch.setattr(kernels, "_by_tma", lambda *args: True)
-        out = torch.ones(features[1], features[0], device=device)
-        got = [
-            fisher_diag(x.to(device), g.to(device), mode=mode, lengths=lengths),
-            fisher_diag(x.to(device), g.to(device), mode=mode, lengths=lengths, out=out) - 1,
-        ]
-    expected = oracle(x, g, mode, lengths)
+        monkeypatch.setattr(kernels, "SQUARES_MIN_WORK", 0)
+        yield kernels
+
+
+@pytest.mark.parametrize("lengths", [[128, 64], [300], [1, 64, 0, 130, 63], [5] * 20])
+@pytest.mark.parametrize("features", [(136, 144), (40, 264)])
+def test_hoppers_kernel_matches_oracle(hoppers, device, lengths, features, poisoned_empty):
+    """Padded copies, chunks, splits, adding to `out`."""
+    x, g = torch.randn(sum(lengths), features[0]).half(), torch.randn(sum(lengths), features[1]).half()
+    out = torch.ones(features[1], features[0], device=device)
+    got = [
+        fisher_diag(x.to(device), g.to(device), lengths=lengths),
+        fisher_diag(x.to(device), g.to(device), lengths=lengths, out=out) - 1,
+    ]
     for value in got:
-        # The two halves of fp16 squares hold 22 bits where neither is subnormal.
-        assert relative_error(value, expected) <= 1e-5
+        assert relative_error(value, oracle(x, g, "per_sequence", lengths)) <= 1e-5
+
+
+def rows_like(kind, rows, in_features, out_features):
+    x, g = torch.randn(rows, in_features), torch.randn(rows, out_features)
+    if kind == "large rows":
+        g[::50] *= 20
+    elif kind == "a large row of x alone":
+        x[5] *= 300
+        g[5] *= 1e-3
+    elif kind == "columns apart":
+        x[:, ::9] *= 100
+        x[:, 1] = 0
+        g *= 2.0 ** -torch.arange(out_features).fmod(9)
+    elif kind == "equal rows":
+        x, g = x[:1].repeat(rows, 1), g[:2].repeat(rows // 2, 1)
+    elif kind == "few columns":
+        x[:, 3] *= 1000
+        g[:, 2] *= 30
+    return x, g
+
+
+KINDS = ("normal", "large rows", "a large row of x alone", "columns apart", "equal rows", "few columns")
+
+
+@pytest.mark.parametrize("rows", [1, 129])
+def test_hoppers_squares_match_oracle(hoppers, device, rows, poisoned_empty):
+    """All rows are corrected: the two halves of a square hold 22 bits."""
+    x, g = (tensor.half() for tensor in rows_like("normal", rows, 136, 144))
+    out = torch.ones(144, 136, device=device)
+    fisher_diag(x.to(device), g.to(device), mode="per_position", out=out)
+    assert relative_error(out - 1, oracle(x, g, "per_position", [rows])) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounded_squares_keep_the_tolerance(hoppers, monkeypatch, device, kind):
+    """At a tolerance that leaves most rows as they are, which 256 rows do not at the real one."""
+    monkeypatch.setattr(hoppers, "TOLERANCE", 6e-5)
+    x, g = (tensor.half() for tensor in rows_like(kind, 256, 128, 128))
+    got = fisher_diag(x.to(device), g.to(device), mode="per_position")
+    error = relative_error(got, g.double().square().T @ x.double().square())
+    # Equal rows lie on their mean, which is exact.
+    assert (0 if kind == "equal rows" else 1e-6) < error <= 6e-5
+
+
+def test_no_squares_are_zero(hoppers, device):
+    x, g = torch.zeros(70, 128, device=device).half(), torch.randn(70, 128, device=device).half()
+    assert not fisher_diag(x, g, mode="per_position").any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [5000, 16500])
+def test_rounded_squares_of_bf16(kind, rows):
+    x, g = (tensor.bfloat16().cuda() for tensor in rows_like(kind, rows, 1032, 1024))
+    first, second = (fisher_diag(x, g, mode="per_position") for _ in range(2))
+    assert torch.equal(first, second)
+    assert relative_error(first, g.double().square().T @ x.double().square()) <= 1e-5
+
+
+@pytest.mark.gpu
+def test_rounded_squares_hide_no_non_finite_value():
+    x, g = (torch.randn(5000, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x[7, 3], g[8, 5] = float("nan"), float("inf")
+    got = fisher_diag(x, g, mode="per_position").isfinite()
+    assert not got[:, 3].any()
+    assert not got[5].any()
+    got[:, 3] = got[5] = True
+    assert got.all()
