@@ -22,16 +22,28 @@ from tests import tiny_models
 from tests.tolerances import RELATIVE, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-KINDS = ["nf4", "nf4_double", "fp4", "bnb_8bit", "torchao_int8", "torchao_fp8"]
+MISSING = [library for library in ("bitsandbytes", "torchao") if importlib.util.find_spec(library) is None]
+KINDS = [
+    kind
+    for kind in ("nf4", "nf4_double", "fp4", "bnb_8bit", "torchao_int8", "torchao_fp8")
+    if library_of(kind) not in MISSING
+]
+if not KINDS:
+    pytest.skip("neither bitsandbytes nor torchao is installed", allow_module_level=True)
 # LLM.int8() rounds the activations too, to one of 127 parts of a row's largest, in the forward pass alone.
 ROUNDED_INPUT = {"bnb_8bit": 0.02}
 
 
 @pytest.fixture(params=KINDS)
 def kind(request):
-    if importlib.util.find_spec(library_of(request.param)) is None:
-        pytest.skip(f"{library_of(request.param)} is not installed")
     return request.param
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_library_is_there(library):
+    if library in MISSING:
+        pytest.skip(f"{library} is not installed, so its layers are not tested")
+    importlib.import_module(library)
 
 
 def config(kind, dtype):
@@ -265,7 +277,7 @@ class TestModel:
         report = calibrate(model, device, **settings)
         assert report.fingerprint == expected.fingerprint
         # Of the traces, since an error of the logits grows from layer to layer.
-        tolerance = 0.2 if kind in ROUNDED_INPUT else 1e-3
+        tolerance = 0.25 if kind in ROUNDED_INPUT else 1e-3
         for name, matrix in report.matrices.items():
             assert matrix.shape == expected.matrices[name].shape
             assert matrix.trace == pytest.approx(expected.matrices[name].trace, rel=tolerance), name
@@ -311,7 +323,7 @@ class TestModel:
         # What the error of merging says: over the unquantised model, here the dequantised one.
         plain = dequantised(sensilora.unload(model), folder)
         merged = sensilora.merge(sensilora.load_adapter(plain, tmp_path / "adapter"))
-        assert relative_error(logits_of(merged, batch), after) <= ROUNDED_INPUT.get(kind, 1e-5) * 3
+        assert relative_error(logits_of(merged, batch), after) <= 5 * ROUNDED_INPUT.get(kind, 1e-5)
 
     def test_a_plan_serves_before_and_after_quantisation(self, folder, kind, device):
         plain, model = AutoModelForCausalLM.from_pretrained(folder).to(device), load(folder, kind, device)
