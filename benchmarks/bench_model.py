@@ -129,8 +129,9 @@ def _case(device: str, shape: dict[str, Any], batch: int, length: int, p: float)
 
 
 def _flops(shape: dict[str, Any], tokens: int, model: nn.Module) -> float:
-    """4 a frozen weight and token, 6 an adapter's; attention's own products are left out."""
-    frozen = sum(module.base_layer.weight.numel() for module in adapter_layers(model).values())
+    """4 a frozen weight and token, 6 an adapter's, of ours or PEFT's; attention's own products are left out."""
+    named = model.named_parameters()
+    frozen = sum(weight.numel() for name, weight in named if "_proj." in name and not weight.requires_grad)
     adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return tokens * (4 * (frozen + shape["vocab_size"] * shape["hidden_size"]) + 6 * adapters)
 

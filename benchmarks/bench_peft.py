@@ -1,7 +1,10 @@
 """A training step of a model that PEFT prepared, its layers fused, against the same step of PEFT's own layers.
 
 The model, batch and step are bench_model's: Llama-3.1-8B's shape, rank 8 on all seven projections, fp32 adapters over
-bf16 weights (PEFT's default). The peers are the frozen model, and `sensilora.inject` with its groups.
+bf16 weights (PEFT's default). The peers are the frozen model and PEFT's AdaLoRA, of rank 12 that falls to 8, with the
+orthogonality term that it adds to the loss: by itself, as trainers run it that know nothing of it, and with its
+allocation of ranks, which is to be called after every step. Every arm's peak memory includes the adapters and
+gradients of all arms, about 1 GiB.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from torch import Tensor, nn
 from benchmarks import bench_model
 from benchmarks.harness import Case, Cases, Unavailable, relative_error
 from sensilora import use_backend
+
+TOTAL_STEPS = 1000  # of AdaLoRA's schedule
 
 
 def cases(device: str) -> Cases:
@@ -37,23 +42,47 @@ def _stock(model: nn.Module, p: float) -> nn.Module:
     return stock
 
 
+def _adalora(model: nn.Module, p: float) -> nn.Module:
+    from peft import AdaLoraConfig, get_peft_model
+
+    rank = bench_model.AVERAGE_RANK
+    config = AdaLoraConfig(
+        init_r=rank * 3 // 2,  # the relation of PEFT's defaults, 12 and 8
+        target_r=rank,
+        total_step=TOTAL_STEPS,
+        lora_alpha=bench_model.SCALING * rank,
+        lora_dropout=p,
+        target_modules=list(bench_model.PROJECTIONS),
+    )
+    return get_peft_model(bench_model._sharing(model), config)
+
+
 def _case(device: str, shape: dict[str, Any], batch: int, length: int, p: float) -> Case:
     model = bench_model._build(device, shape)
     labels = torch.randint(shape["vocab_size"], (batch, length), device=device)
     embeddings = model.get_input_embeddings()(labels).requires_grad_()
-    stock, fused, injected = _stock(model, p), _fused(model, p), bench_model._adapted(model, p)
+    stock, fused, adalora = _stock(model, p), _fused(model, p), _adalora(model, p)
 
     def step(arm: nn.Module) -> Any:
         return partial(bench_model._step, arm, embeddings, labels)
+
+    def step_and_allocation() -> Tensor:
+        loss = bench_model._step(adalora, embeddings, labels)
+        adalora.base_model.update_and_allocate(TOTAL_STEPS // 2)
+        return loss
 
     return Case(
         ours=step(fused),
         baseline=step(stock),
         errors=lambda: _check(device, shape, p)[0],
         tolerance=5e-2,
-        peers={"frozen model": step(model), "sensilora.inject": step(injected)},
+        peers={
+            "frozen model": step(model),
+            "PEFT AdaLoRA": step(adalora),
+            "PEFT AdaLoRA and its allocation": step_and_allocation,
+        },
         eager_errors=lambda: _check(device, shape, p)[1],
-        floor_flops=bench_model._flops(shape, batch * length, injected),
+        floor_flops=bench_model._flops(shape, batch * length, fused),
         peak_memory=True,
     )
 
