@@ -401,7 +401,7 @@ def noise_table(rows: Rows) -> str:
             lines.append(
                 [
                     f"`{name.removeprefix('report/')}`",
-                    str(row.get("probes", PROBES)),
+                    str(row["probes"]),
                     f"{100 * found['standard_error']:.0f}%",
                     f"{100 * found['negative_mass']:.0f}%",
                     f"{100 * found['topk_mean_bias']:+.0f}%",
