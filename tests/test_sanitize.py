@@ -183,10 +183,12 @@ def test_autocorrelation_diag(backend, columns, dtype):
         pytest.skip(reason)
     x = torch.randn(301, columns).to(dtype)
     mask = torch.rand(301) > 0.3
+    out = torch.ones(columns, device=DEVICE)
     with use_backend(backend):
-        got, masked = autocorrelation_diag(x.to(DEVICE)), autocorrelation_diag(x.to(DEVICE), mask=mask.to(DEVICE))
+        got = autocorrelation_diag(x.to(DEVICE))
+        added = autocorrelation_diag(x.to(DEVICE), mask=mask.to(DEVICE), out=out)
     assert relative_error(got, x.double().square().sum(0)) <= 1e-5
-    assert relative_error(masked, x[mask].double().square().sum(0)) <= 1e-5
+    assert relative_error(added, 1 + x[mask].double().square().sum(0)) <= 1e-5
 
 
 # Sizes of in and out: odd ones, those of wide loads, whole tiles, those that TMA serves on Hopper.
