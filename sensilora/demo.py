@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from string import Template
 from typing import Any, Literal
@@ -41,8 +41,10 @@ from sensilora.allocation import allocate
 from sensilora.data import Row, read_rows
 from sensilora.errors import ModelError, NonFiniteError, SensiloraError
 from sensilora.integrations.transformers import (
+    accuracy_and_macro_f1,
     collate,
     encode_classification,
+    length_limit,
     load_sequence_classifier,
     load_tokenizer,
 )
@@ -103,6 +105,7 @@ class Task:
     name: str
     labels: list[str]
     examples: dict[str, list[dict[str, Any]]]
+    max_length: int
     pad_token_id: int
     device: torch.device
 
@@ -199,6 +202,9 @@ def _run(folder: Path, model: str | None, settings: Settings, console: Console) 
         f"[bold]{task.name}[/bold] on {task.device}: which of {len(task.labels)} note sections does a doctor-patient "
         f"dialogue belong to? ({task.size()})"
     )
+    if task.max_length < settings.max_length:
+        console.print(f"{task.name} reads at most {task.max_length} tokens: dialogues are cut there.")
+        settings = replace(settings, max_length=task.max_length)
     uniform = _uniform_plan(task, settings)
     reports, calibration_seconds = _calibrate(task, settings)
     plans = {name: allocate(report, total_parameters=uniform.parameters) for name, report in reports.items()}
@@ -265,10 +271,10 @@ def _task(model: str | None, settings: Settings) -> Task:
     tokenizer = load_tokenizer(source)
     rows = demo_rows()
     labels = sorted({str(row.label) for row in rows["train"]})
+    limit = length_limit(load_sequence_classifier(source, labels=labels), settings.max_length)
+    limit = min(limit, tokenizer.model_max_length)
     examples = {
-        split: encode_classification(
-            tokenizer, rows[split][: settings.rows], labels=labels, max_length=settings.max_length
-        )
+        split: encode_classification(tokenizer, rows[split][: settings.rows], labels=labels, max_length=limit)
         for split in SPLITS
     }
     return Task(
@@ -276,6 +282,7 @@ def _task(model: str | None, settings: Settings) -> Task:
         name=MODEL_NAME if model is None else model,
         labels=labels,
         examples=examples,
+        max_length=limit,
         pad_token_id=tokenizer.pad_token_id,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
@@ -344,8 +351,7 @@ def _train(task: Task, plan: RankPlan, settings: Settings, name: str, *, adapter
         _fit(task, model, trainable, settings, arm, name)
         arm.predictions = _predict(task, model, task.examples["test"])
     arm.peak_memory_bytes = peak[0]
-    arm.accuracy = accuracy(arm.predictions, task.gold("test"))
-    arm.macro_f1 = macro_f1(arm.predictions, task.gold("test"))
+    arm.accuracy, arm.macro_f1 = accuracy_and_macro_f1(task.gold("test"), arm.predictions)
     if adapter_folder is not None:
         save_adapter(model, adapter_folder)
     return arm
@@ -378,7 +384,7 @@ def _fit(task: Task, model: Any, trainable: list[nn.Parameter], settings: Settin
                     )
                 bar.update()
             arm.training_seconds += time.perf_counter() - start
-            arm.history["dev_accuracy"].append(accuracy(_predict(task, model, dev), task.gold("dev")))
+            arm.history["dev_accuracy"].append(accuracy_and_macro_f1(task.gold("dev"), _predict(task, model, dev))[0])
             bar.set_postfix({name: f"{values[-1]:.2f}" for name, values in arm.history.items()})
 
 
@@ -446,21 +452,6 @@ def peak_memory(device: torch.device, interval: float = 0.02) -> Iterator[list[i
         stop.set()
         watcher.join()
     peak[0] = max(peak[0], process.memory_info().rss)
-
-
-# Metrics
-
-
-def accuracy(predicted: Sequence[int], gold: Sequence[int]) -> float:
-    """Share of rows whose class was found."""
-    return sum(p == g for p, g in zip(predicted, gold, strict=True)) / len(gold)
-
-
-def macro_f1(predicted: Sequence[int], gold: Sequence[int]) -> float:
-    """Mean over the classes that occur in `gold` of F1 = 2 tp / (2 tp + fp + fn)."""
-    hits = Counter(g for p, g in zip(predicted, gold, strict=True) if p == g)
-    said, there = Counter(predicted), Counter(gold)
-    return sum(2 * hits[label] / (said[label] + there[label]) for label in there) / len(there)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -531,7 +522,7 @@ class _Findings:
     def majority_accuracy(self) -> float:
         """Test accuracy of always answering the training rows' most common section."""
         ((label, _),) = Counter(self.task.gold("train")).most_common(1)
-        return accuracy([label] * len(self.gold), self.gold)
+        return self.gold.count(label) / len(self.gold)
 
     def disagreements(self) -> tuple[int, int]:
         """Test rows that only Sensitivity-LoRA got right, and that only uniform LoRA did."""

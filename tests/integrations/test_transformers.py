@@ -220,6 +220,8 @@ def test_evaluate_causal_is_the_mean_over_tokens(llama):
     assert figures["tokens"] == len(expected)
     assert figures["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    model.lm_head.weight.data.mul_(1e6)  # a loss above 709, beyond the largest exponent
+    assert hf.evaluate_causal_lm(model, hf.causal_batches(tokenizer, rows))["perplexity"] == math.inf
 
 
 def adapted(folder, seed=0):
