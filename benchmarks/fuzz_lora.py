@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from sensilora import use_backend
-from sensilora.ops import _backend, lora_group, lora_linear, lora_segments
+from sensilora.ops import _backend, lora_group, lora_linear, lora_segments, lora_update
 from sensilora.ops._dropout import keep_mask, keep_scale
 
-OPS = ("lora_linear", "lora_linear", "lora_group", "lora_linear", "lora_segments", "lora_linear", "lora_linear")
+OPS = (
+    "lora_linear", "lora_linear", "lora_group", "lora_linear", "lora_segments", "lora_linear", "lora_update",
+    "lora_linear",
+)  # fmt: skip
 # Errors relative to the root of the summed squares of all terms, which random signs do not cancel.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2.5e-3, torch.bfloat16: 1.6e-2}
 DTYPES = {
@@ -69,6 +72,7 @@ class Problem:
     updates: list[Update]
     call: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
     need_grad_x: bool
+    base: Tensor | None = None  # what updates are added to, where that is not x Wᵀ + b
 
 
 def draw(op: str, family: random.Random, rng: random.Random, device: str) -> Problem:
@@ -108,7 +112,11 @@ def draw(op: str, family: random.Random, rng: random.Random, device: str) -> Pro
     biases = [normal(out) if family.random() < 0.5 else None for out in out_features]
     lora_As = [matrix(rank, in_features, in_features**-0.5, adapter_dtype, layout()) for _, rank in sizes]
     lora_Bs = [matrix(out, rank, max(rank, 1) ** -0.5, adapter_dtype, layout()) for out, rank in sizes]
-    upstreams = [_upstream(family, normal, (*x.shape[:-1], out)) for out in out_features]
+    base = None
+    if op == "lora_update":
+        base = normal(*x.shape[:-1], *out_features, dtype=family.choice([dtype, dtype, adapter_dtype]))
+    like = x if base is None else base
+    upstreams = [_upstream(family, normal, (*x.shape[:-1], out)).to(like.dtype) for out in out_features]
     scalings = [rng.choice([0.25, 1.0, 2.0, 0.7]) for _ in range(adapters)]
     dropped = [family.random() < 0.5 for _ in range(adapters)]
     ps = [rng.choice([0.05, 0.05, 0.1, 0.5, 1.0]) if drop else 0.0 for drop in dropped]
@@ -117,10 +125,14 @@ def draw(op: str, family: random.Random, rng: random.Random, device: str) -> Pro
     text = (
         f"{op} x {tuple(x.shape)} strides {x.stride()}, out {out_features}, ranks {ranks}, dropout {ps}, {dtype}, "
         f"adapters {adapter_dtype}, bias {[bias is not None for bias in biases]}, backend {backend}"
+        f"{'' if base is None else f', base {base.dtype}'}"
     )
 
     def lora_linear_call(x, lora_As, lora_Bs):
         return [lora_linear(x, weights[0], biases[0], lora_As[0], lora_Bs[0], scalings[0], dropout_p=ps[0], seed=key)]
+
+    def lora_update_call(x, lora_As, lora_Bs):
+        return [lora_update(base, x, lora_As[0], lora_Bs[0], scalings[0], dropout_p=ps[0], seed=key)]
 
     def lora_group_call(x, lora_As, lora_Bs):
         return lora_group(x, weights, biases, list(lora_As), list(lora_Bs), scalings, dropout_ps=ps, seeds=key)
@@ -148,8 +160,9 @@ def draw(op: str, family: random.Random, rng: random.Random, device: str) -> Pro
         call = lora_segments_call
     else:
         updates = [Update(i, 0, rows, i, 0, ranks[i], scalings[i], ps[i], seeds[i]) for i in range(adapters)]
-        call = lora_linear_call if op == "lora_linear" else lora_group_call
-    return Problem(text, backend, x, weights, biases, lora_As, lora_Bs, upstreams, updates, call, need_grad_x)
+        calls = {"lora_linear": lora_linear_call, "lora_update": lora_update_call, "lora_group": lora_group_call}
+        call = calls[op]
+    return Problem(text, backend, x, weights, biases, lora_As, lora_Bs, upstreams, updates, call, need_grad_x, base)
 
 
 def _laid_out(family: random.Random, x: Tensor) -> Tensor:
@@ -204,6 +217,8 @@ def formula(problem: Problem, power: int) -> list[Tensor]:
             linear(folded, wide(weight), None if bias is None else wide(bias))
             for weight, bias in zip(problem.weights, problem.biases, strict=True)
         ]
+        if problem.base is not None:
+            found = [wide(problem.base).reshape(found[0].shape)]
         for update in problem.updates:
             dropped = folded
             if update.p:
