@@ -723,6 +723,14 @@ def compare(
     serial: Annotated[
         bool, typer.Option("--serial", help="One run after another, for models that fill the GPU.")
     ] = False,
+    arms: Annotated[
+        str,
+        typer.Option(
+            "--arms",
+            metavar="NAMES",
+            help="Of uniform, plan, permuted and, with PEFT, adalora, eva, eva_ranks, eva_start; with commas.",
+        ),
+    ] = "uniform,plan,permuted",
     checkpoint_every: Annotated[
         int, typer.Option("--checkpoint-every", min=1, help="Steps between two states to go on from.")
     ] = 200,
@@ -738,7 +746,8 @@ def compare(
 ) -> None:
     """Tell whether a plan is worth it: uniform LoRA, the plan, and its ranks permuted, over several seeds.
 
-    All runs train side by side in one batch, each with its own adapter and head on one frozen model.
+    All runs train side by side in one batch, each with its own adapter and head on one frozen model. PEFT's AdaLoRA
+    and EVA can be compared too; AdaLoRA's seeds train one after another.
     """
     _check_matplotlib()
 
@@ -777,6 +786,7 @@ def compare(
             dropout=dropout,
             max_length=max_length,
             serial=serial,
+            arms=[arm.strip() for arm in arms.split(",")],
             device=_device(device),
             dtype=None if dtype is Dtype.auto else getattr(torch, dtype.value),
             checkpoint_every=checkpoint_every,

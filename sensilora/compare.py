@@ -56,13 +56,27 @@ from sensilora.targets import is_conv1d, outermost_heads
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from sensilora.integrations.adaptive import AdaLoRA
+
 UNIFORM, PLAN, PERMUTED = "uniform", "plan", "permuted"
-TITLES = {UNIFORM: "uniform LoRA", PLAN: "the plan", PERMUTED: "permuted ranks"}
+ADALORA, EVA, EVA_RANKS, EVA_START = "adalora", "eva", "eva_ranks", "eva_start"
+TITLES = {
+    UNIFORM: "uniform LoRA",
+    PLAN: "the plan",
+    PERMUTED: "permuted ranks",
+    ADALORA: "AdaLoRA",
+    EVA: "EVA",
+    EVA_RANKS: "EVA's ranks alone",
+    EVA_START: "EVA's start alone",
+}
+DEFAULT_ARMS = (UNIFORM, PLAN, PERMUTED)
+_OF_PEFT = (ADALORA, EVA, EVA_RANKS, EVA_START)
 CLASSIFICATION_METRICS, REGRESSION_METRICS = ("accuracy", "macro_f1", "matthews"), ("pearson", "spearman")
 CONFIDENCE = 0.95
 
 RESULT_FILE, PICTURE_FILE = "result.json", "compare.png"
 _SETTINGS_FILE, _PLAN_FILE, _CHECKPOINT_FILE = "settings.json", "plan.json", "checkpoint.safetensors"
+_EVA_FILE = "eva.safetensors"
 _CALIBRATION_ROWS = 256
 _CALIBRATION_BATCH = 32
 _MAX_GRADIENT_NORM = 1.0  # as transformers' Trainer has it
@@ -92,9 +106,15 @@ class Settings:
     serial: bool
     device: str
     dtype: str
+    arms: tuple[str, ...] = DEFAULT_ARMS
     data_digest: str = ""
 
     def __post_init__(self) -> None:
+        unknown = [arm for arm in self.arms if arm not in TITLES]
+        if unknown:
+            raise SensiloraError(f"there is no arm {unknown[0]!r}; choose among {', '.join(TITLES)}")
+        if not {UNIFORM, PLAN} <= set(self.arms):
+            raise SensiloraError(f"{UNIFORM} and {PLAN} are always among the arms, which are {', '.join(self.arms)}")
         for name, least in (("seeds", 2), ("epochs", 1), ("batch_size", 1), ("average_rank", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise SensiloraError(f"{name} must be at least {least}, not {getattr(self, name)}")
@@ -210,6 +230,7 @@ def run_compare(
     dropout: float = 0.0,
     max_length: int = 256,
     serial: bool = False,
+    arms: Sequence[str] = DEFAULT_ARMS,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     checkpoint_every: int = 200,
@@ -223,6 +244,11 @@ def run_compare(
     of trainable parameters, scale rule and hyperparameters. Runs of one seed see the same rows in the same order and
     begin with the same head; the permutation is drawn anew for each seed. What is measured is the model at the end of
     training, on rows that decided nothing before.
+
+    With PEFT there are more arms. "adalora" lowers its ranks while it trains, from 1.5 times the average one to the
+    plan's number of parameters; it runs by itself, one seed after another, and a run that was killed begins anew.
+    "eva" takes its ranks, and where A begins, from the inputs of the rows that the plan is made from; "eva_ranks"
+    takes the ranks alone and "eva_start" uniform LoRA's ranks, which tells apart what either does.
 
     Args:
         output: folder for settings, plan, a record of each run, result.json and a picture. A comparison with the same
@@ -243,6 +269,7 @@ def run_compare(
             inputs; the model's own is as configured.
         max_length: tokens of a row.
         serial: train one run after another, where the batches of all together do not fit the device.
+        arms: which to compare; uniform LoRA and the plan are always among them.
         device: where to train.
         dtype: of the frozen weights; None for the checkpoint's own. Adapters and heads train in fp32 at least.
         checkpoint_every: steps between two states to go on from.
@@ -257,8 +284,11 @@ def run_compare(
         PlanError: the plan is for another model, or gives uniform ranks.
         DataError: rows lack labels, or have such as do not fit.
         NonFiniteError: a loss became NaN or Inf.
-        SensiloraError: an argument is out of range, or the runs do not fit the GPU side by side.
+        SensiloraError: an argument is out of range, an arm needs PEFT, which is missing, or the runs do not fit the
+            GPU side by side.
     """
+    if not set(arms).isdisjoint(_OF_PEFT):
+        _adaptive()
     settings = Settings(
         model=os.fspath(model),
         classes=None if classes is None else tuple(classes),
@@ -277,6 +307,7 @@ def run_compare(
         serial=serial,
         device=torch.device(device).type,
         dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
+        arms=tuple(dict.fromkeys(arms)),
     )
     if checkpoint_every < 1:
         raise SensiloraError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
@@ -286,13 +317,19 @@ def run_compare(
         arm_plans(plan, task.settings)
     folder = _opened(Path(output), task.settings, force)
     plan = _plan(task, plan, folder, progress)
-    plans = arm_plans(plan, task.settings)
+    starts = _eva_starts(task, plan, folder)
+    plans = arm_plans(plan, task.settings, starts)
     records = _records(folder, plans)
     pending = [run for run in plans if run not in records]
-    for group in [[run] for run in pending] if serial else [pending] if pending else []:
-        for run, record in train(
-            task, {run: plans[run] for run in group}, folder / _CHECKPOINT_FILE, checkpoint_every, progress
-        ).items():
+    together = [run for run in pending if run.arm != ADALORA]
+    groups = [[run] for run in together] if serial else [together] if together else []
+    for group in [*groups, *([run] for run in pending if run.arm == ADALORA)]:
+        if group[0].arm == ADALORA:
+            made = {run: train_adalora(task, run, plan, progress) for run in group}
+        else:
+            own = {run: plans[run] for run in group}
+            made = train(task, own, folder / _CHECKPOINT_FILE, checkpoint_every, progress, starts)
+        for run, record in made.items():
             records[run] = record
             _files.write_text(_record_file(folder, run), json.dumps(record, indent=1) + "\n")
         _files.remove_all_but(folder, _CHECKPOINT_FILE, ())
@@ -360,7 +397,7 @@ def _opened(folder: Path, settings: Settings, force: bool) -> Path:
                 f"output folder {folder} holds a comparison with other settings or data; name another folder, or "
                 "pass --force (force=True) to begin anew"
             )
-        results = (_PLAN_FILE, _CHECKPOINT_FILE, RESULT_FILE, PICTURE_FILE)
+        results = (_PLAN_FILE, _EVA_FILE, _CHECKPOINT_FILE, RESULT_FILE, PICTURE_FILE)
         for old in (*folder.glob("runs/*.json"), *(folder / name for name in results)):
             old.unlink(missing_ok=True)
     elif folder.is_dir() and any(folder.iterdir()):
@@ -392,6 +429,49 @@ def _plan(task: Task, plan: RankPlan | None, folder: Path, progress: bool) -> Ra
         plan = plan_of(report, settings.average_rank)
     plan.save(file)
     return plan
+
+
+def _adaptive() -> Any:
+    """The module of PEFT's methods.
+
+    Raises:
+        SensiloraError: PEFT is not installed.
+    """
+    try:
+        from sensilora.integrations import adaptive
+    except ImportError as error:
+        raise SensiloraError(str(error)) from error
+    return adaptive
+
+
+Starts = Mapping[str, Mapping[str, Tensor]]
+
+
+def _eva_starts(task: Task, plan: RankPlan, folder: Path) -> Starts:
+    """A at the beginning, (rank, in_features) by matrix, of the arms of PEFT's EVA; kept in the folder.
+
+    "eva_ranks" has it for the ranks alone.
+    """
+    settings, file = task.settings, folder / _EVA_FILE
+    wanted = [arm for arm in settings.arms if arm in (EVA, EVA_RANKS, EVA_START)]
+    if wanted and not file.is_file():
+        tensors: dict[str, Tensor] = {}
+        batches = calibration_batches(task)
+        if EVA_START in wanted:
+            found = _adaptive().eva_start(task.model, batches, uniform_ranks(plan))
+            tensors |= {f"{EVA_START}/{name}": A for name, A in found.items()}
+        if wanted != [EVA_START]:
+            tensors |= {f"{EVA}/{name}": A for name, A in _adaptive().eva(task.model, batches, plan).items()}
+        _files.write_tensors(file, tensors)
+    stored = load_file(file, device=str(task.device)) if wanted else {}
+    return {
+        arm: {
+            key.partition("/")[2]: A
+            for key, A in stored.items()
+            if key.partition("/")[0] == (EVA if arm == EVA_RANKS else arm)
+        }
+        for arm in wanted
+    }
 
 
 def calibration_batches(task: Task, rows: int = _CALIBRATION_ROWS) -> list[dict[str, Tensor]]:
@@ -438,8 +518,15 @@ def permuted_ranks(plan: RankPlan, seed: int) -> dict[str, int]:
     return ranks
 
 
-def arm_plans(plan: RankPlan, settings: Settings) -> dict[Run, RankPlan]:
+def arm_plans(plan: RankPlan, settings: Settings, starts: Starts | None = None) -> dict[Run, RankPlan]:
     """The plan of each run, arm by arm. The permuted arm is left out where no permutation changes a rank.
+
+    AdaLoRA's is the plan that it has the parameters of.
+
+    Args:
+        plan: of the comparison.
+        settings: its arms and seeds.
+        starts: A at the beginning, by arm and matrix, whose rows are the ranks of EVA's arms; None leaves these out.
 
     Raises:
         PlanError: the plan's ranks are the uniform ones, so that there is nothing to compare.
@@ -449,10 +536,15 @@ def arm_plans(plan: RankPlan, settings: Settings) -> dict[Run, RankPlan]:
         raise PlanError("the plan gives every matrix the rank of uniform LoRA, so there is nothing to compare")
     seeds = range(settings.seed, settings.seed + settings.seeds)
     permuted = {seed: permuted_ranks(plan, seed) for seed in seeds}
-    plans = {Run(UNIFORM, seed): plan.with_ranks(uniform) for seed in seeds}
-    plans |= {Run(PLAN, seed): plan for seed in seeds}
-    if any(ranks != plan.ranks for ranks in permuted.values()):
-        plans |= {Run(PERMUTED, seed): plan.with_ranks(permuted[seed]) for seed in seeds}
+    of_arm = {UNIFORM: plan.with_ranks(uniform), PLAN: plan, ADALORA: plan}
+    for arm, start in (starts or {}).items():
+        of_arm[arm] = plan.with_ranks({name: len(start[name]) if name in start else 0 for name in plan.matrices})
+    plans: dict[Run, RankPlan] = {}
+    for arm in settings.arms:
+        if arm in of_arm:
+            plans |= {Run(arm, seed): of_arm[arm] for seed in seeds}
+        elif arm == PERMUTED and any(ranks != plan.ranks for ranks in permuted.values()):
+            plans |= {Run(arm, seed): plan.with_ranks(permuted[seed]) for seed in seeds}
     return plans
 
 
@@ -558,16 +650,15 @@ Pieces = Mapping[Run, Mapping[str, _Piece]]
 
 
 @contextmanager
-def _prepared(task: Task, plans: Mapping[Run, RankPlan]) -> Iterator[tuple[_Layout, Pieces]]:
+def _prepared(task: Task, plans: Mapping[Run, RankPlan], starts: Starts) -> Iterator[tuple[_Layout, Pieces]]:
     """What each run trains, by name. Inside the block the model carries the adapters and heads of all of them."""
     model, settings = task.model, task.settings
     layout = _Layout(len(plans))
     originals = {name: model.get_submodule(name) for name in outermost_heads(model)}
-    dtype = torch.promote_types(model.dtype, torch.float32)
     drawn = {}
     for seed in dict.fromkeys(run.seed for run in plans):
         source = _new_model(settings, seed, model.dtype)
-        drawn[seed] = {name: source.get_submodule(name).to(task.device, dtype) for name in originals}
+        drawn[seed] = {name: _trainable(source.get_submodule(name), model) for name in originals}
     heads = {name: _Heads([copy.deepcopy(drawn[run.seed][name]) for run in plans], layout) for name in originals}
     with warnings.catch_warnings():
         # Of a new head being frozen: each run trains its own.
@@ -575,6 +666,10 @@ def _prepared(task: Task, plans: Mapping[Run, RankPlan]) -> Iterator[tuple[_Layo
         for run, plan in plans.items():
             torch.manual_seed(run.seed)
             mixed.add_adapter(model, run.name, plan, dropout=settings.dropout)
+            if run.arm in (EVA, EVA_START):
+                for name, A in starts[run.arm].items():
+                    if len(A):
+                        model.get_submodule(name).lora_A[run.name].data.copy_(A)
     names = [run.name for run in plans]
     found = {name: module for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)}
     layers = {name: _Stacked(layer, names, layout) for name, layer in found.items()}
@@ -608,12 +703,18 @@ def _prepared(task: Task, plans: Mapping[Run, RankPlan]) -> Iterator[tuple[_Layo
         model.eval()
 
 
+def _trainable(head: nn.Module, model: Any) -> nn.Module:
+    """The head on the model's device, in fp32 at least."""
+    return head.to(model.device, torch.promote_types(model.dtype, torch.float32))
+
+
 def train(
     task: Task,
     plans: Mapping[Run, RankPlan],
     checkpoint: Path | None = None,
     checkpoint_every: int = 200,
     progress: bool = True,
+    starts: Starts | None = None,
 ) -> dict[Run, dict[str, Any]]:
     """Fine-tune these runs side by side, and the record of each.
 
@@ -623,33 +724,69 @@ def train(
         checkpoint: a file to go on from, and to write every `checkpoint_every` steps; None for none.
         checkpoint_every: see `checkpoint`.
         progress: show a bar.
+        starts: A at the beginning of the arms "eva" and "eva_start", by arm and matrix.
 
     Raises:
         NonFiniteError: a loss became NaN or Inf.
         SensiloraError: the runs do not fit the GPU side by side.
     """
-    settings, runs = task.settings, list(plans)
-    with _prepared(task, plans) as (layout, pieces), _enough_memory(), peak_memory(task.device) as peak:
+    with _prepared(task, plans, starts or {}) as (layout, pieces), _enough_memory(), peak_memory(task.device) as peak:
         state = _State(task, pieces, checkpoint)
         _fit(task, layout, state, checkpoint_every, progress)
-        results = {run: _evaluate(task, layout, place) for place, run in enumerate(runs)}
-    last_epoch = state.losses[-(len(state.losses) // settings.epochs) :].mean(0).tolist()
+        results = {run: _evaluate(task, layout, place) for place, run in enumerate(plans)}
+    records = {}
+    for place, (run, plan) in enumerate(plans.items()):
+        trained = sum(piece.parameter[piece.rows].numel() for piece in pieces[run].values())
+        records[run] = _record(run, results[run], state, place, plan.ranks, plan.parameters, peak[0])
+        records[run]["head_parameters"] = trained - plan.parameters
+    return records
+
+
+def train_adalora(task: Task, run: Run, plan: RankPlan, progress: bool = True) -> dict[str, Any]:
+    """Fine-tune by PEFT's AdaLoRA, down to the plan's number of parameters, and the record of it.
+
+    Head, rows, their order, optimiser, schedule and clipping are those of the other arms.
+
+    Raises:
+        NonFiniteError: a loss became NaN or Inf.
+        PlanError: there are too few steps, or the plan's scale depends on the rank.
+        SensiloraError: PEFT is not installed, or the model does not fit the GPU.
+    """
+    settings, layout = task.settings, _Layout(1)
+    model = _new_model(settings, run.seed, task.model.dtype).to(task.device)
+    heads = [_Heads([_trainable(model.get_submodule(name), model)], layout) for name in outermost_heads(model)]
+    torch.manual_seed(run.seed)
+    steps = settings.epochs * len(_order(task, run.seed, 0))
+    with _enough_memory(), peak_memory(task.device) as peak:
+        adalora = _adaptive().AdaLoRA(model, plan, steps=steps, dropout=settings.dropout)
+        for name, head in zip(outermost_heads(model), heads, strict=True):
+            model.set_submodule(name, head.requires_grad_(True))
+        own = replace(task, model=adalora.model)
+        trained = {name: p for name, p in adalora.model.named_parameters() if p.requires_grad}
+        pieces = {run: {name: _Piece(parameter, slice(None)) for name, parameter in trained.items()}}
+        state = _State(own, pieces, None)
+        _fit(own, layout, state, steps, progress, adalora)
+        metrics = _evaluate(own, layout, 0)
+    record = _record(run, metrics, state, 0, adalora.ranks(), adalora.parameters(), peak[0])
+    record["initial_parameters"] = adalora.initial_parameters
+    record["head_parameters"] = sum(p.numel() for p in trained.values()) - adalora.initial_parameters
+    return record
+
+
+def _record(
+    run: Run, metrics: dict[str, float], state: _State, place: int, ranks: dict[str, int], parameters: int, peak: int
+) -> dict[str, Any]:
     return {
-        run: {
-            "arm": run.arm,
-            "seed": run.seed,
-            "metrics": results[run],
-            "adapter_parameters": plans[run].parameters,
-            "head_parameters": sum(piece.parameter[piece.rows].numel() for piece in pieces[run].values())
-            - plans[run].parameters,
-            "training_loss": last_epoch[place],
-            "seconds": state.seconds / state.side_by_side,
-            "peak_memory_bytes": peak[0],
-            "side_by_side": state.side_by_side,
-            "epochs": settings.epochs,
-            "ranks": plans[run].ranks,
-        }
-        for place, run in enumerate(runs)
+        "arm": run.arm,
+        "seed": run.seed,
+        "metrics": metrics,
+        "adapter_parameters": parameters,
+        "training_loss": float(state.losses[-state.steps_an_epoch :, place].mean()),
+        "seconds": state.seconds / state.side_by_side,
+        "peak_memory_bytes": peak,
+        "side_by_side": state.side_by_side,
+        "epochs": len(state.losses) // state.steps_an_epoch,
+        "ranks": ranks,
     }
 
 
@@ -683,7 +820,8 @@ class _State:
                 run_of_row[id(piece.parameter)][piece.rows] = place
         self._run_of_row = torch.cat(list(run_of_row.values())).to(task.device)
         self._mine = self._run_of_row == torch.arange(len(pieces), device=task.device).unsqueeze(1)
-        steps = task.settings.epochs * len(_order(task, 0, 0))  # which seed and epoch is all one
+        self.steps_an_epoch = len(_order(task, 0, 0))  # which seed and epoch is all one
+        steps = task.settings.epochs * self.steps_an_epoch
         self.losses = torch.zeros(steps, len(pieces), device=task.device)
         # After a kill some runs may be finished, and these be fewer than trained side by side.
         self.step, self.seconds, self.side_by_side = 0, 0.0, len(pieces)
@@ -759,7 +897,14 @@ def _order(task: Task, seed: int, epoch: int) -> list[list[int]]:
     return batches
 
 
-def _fit(task: Task, layout: _Layout, state: _State, checkpoint_every: int, progress: bool) -> None:
+def _fit(
+    task: Task,
+    layout: _Layout,
+    state: _State,
+    checkpoint_every: int,
+    progress: bool,
+    adalora: AdaLoRA | None = None,
+) -> None:
     model, settings, runs = task.model, task.settings, list(state.pieces)
     steps = len(state.losses)
     warmup = max(1, round(settings.warmup * steps))
@@ -771,7 +916,7 @@ def _fit(task: Task, layout: _Layout, state: _State, checkpoint_every: int, prog
     shuffled = -1
     with tqdm(total=steps, initial=state.step, desc=_described(runs), unit="step", disable=not progress) as bar:
         while state.step < steps:
-            epoch, position = divmod(state.step, steps // settings.epochs)
+            epoch, position = divmod(state.step, state.steps_an_epoch)
             if epoch != shuffled:
                 orders, shuffled = [_order(task, seed, epoch) for seed in seeds], epoch
                 # One copy an epoch: each would make the host wait for the device.
@@ -782,10 +927,13 @@ def _fit(task: Task, layout: _Layout, state: _State, checkpoint_every: int, prog
             # Whatever is drawn (dropout) follows from the seed and the step, also after a kill.
             torch.manual_seed(((runs[0].seed << 32) + state.step) % 2**64)
             losses = _losses(task, layout, task.train.batch(own[place_of_run].flatten(), width))
-            losses.sum().backward()
+            total = losses.sum()
+            (total if adalora is None else total + adalora.penalty()).backward()
             state.update(
                 settings.learning_rate * min((state.step + 1) / warmup, (steps - state.step) / max(steps - warmup, 1))
             )
+            if adalora is not None:
+                adalora.after_step(state.step)
             state.optimizer.zero_grad()
             state.losses[state.step] = losses.detach()
             state.step += 1
@@ -987,9 +1135,16 @@ class Comparison:
         """Means with their standard errors, a row an arm; then the plan's paired differences."""
         metrics = self.settings.metrics
         together = max(record["side_by_side"] for record in self.records.values())
+        notes = [f"Peak memory is of {together} runs side by side."] if together > 1 else []
+        if ADALORA in self.arms:
+            first = next(record for run, record in self.records.items() if run.arm == ADALORA)
+            notes.append(
+                f"AdaLoRA began with {first['initial_parameters']:,} parameters, trained one seed after another, and "
+                "never shrinks what it stores."
+            )
         table = Table(
             title=f"{self.settings.model}: mean and standard error over {self.settings.seeds} seeds, in points",
-            caption=f"Peak memory is of {together} runs side by side." if together > 1 else None,
+            caption=" ".join(notes) or None,
             box=box.SIMPLE_HEAD,
         )
         table.add_column("")
@@ -1000,7 +1155,7 @@ class Comparison:
             table.add_row(
                 TITLES[arm],
                 *(_mean_and_error(self.values(arm, metric)) for metric in metrics),
-                f"{own[0]['adapter_parameters']:,}",
+                f"{round(np.mean([record['adapter_parameters'] for record in own])):,}",
                 f"{np.mean([record['seconds'] for record in own]):.1f}",
                 f"{max(record['peak_memory_bytes'] for record in own) / 2**20:,.0f} MiB",
             )

@@ -250,7 +250,7 @@ def test_stacked_adapters_are_the_mixed_ones(model, device):
     }
     batch = task.train.padded(range(6))
     labels = batch.pop("labels")
-    with compare._prepared(task, plans) as (layout, pieces):
+    with compare._prepared(task, plans, {}) as (layout, pieces):
         with torch.no_grad():
             for own in pieces.values():
                 for name, piece in own.items():
@@ -289,7 +289,7 @@ def test_each_run_is_clipped_by_its_own_norm(model):
     shapes = {name: matrix_shape(module) for name, module in find_targets(task.model).items()}
     plan = RankPlan.uniform(shapes, 2, fingerprint=fingerprint(task.model))
     plans = {Run(PLAN, seed): plan for seed in range(3)}
-    with compare._prepared(task, plans) as (_, pieces):
+    with compare._prepared(task, plans, {}) as (_, pieces):
         state = compare._State(task, pieces, None)
         draw = torch.Generator().manual_seed(0)
         sizes = (0.001, 5.0, math.nan)  # below the norm of 1, above it, and a run that diverged
