@@ -12,14 +12,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
+import random
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,9 @@ from sensilora.compare import (
     train,
     uniform_ranks,
 )
-from sensilora.data import label_names, read_rows
+from sensilora.data import read_rows
 from sensilora.demo import bundled_model
-from sensilora.errors import SensiloraError
+from sensilora.errors import NonFiniteError, SensiloraError
 from sensilora.plan import RankPlan
 from sensilora.sensitivity.calibrate import calibrate
 from sensilora.sensitivity.report import SensitivityReport
@@ -59,7 +61,8 @@ RANKS = (1, 4)
 ESTIMATORS = ("activation", "fisher", "hutchinson")
 ARMS = (UNIFORM, *ESTIMATORS, *(f"{PERMUTED}-{estimator}" for estimator in ESTIMATORS))
 MAX_LENGTH, BATCH = 128, 32
-LEARNING_RATE = 1e-3
+# Uniform LoRA of this rank and these seeds chooses the learning rate, on this share of the training rows.
+RATES, RATE_RANK, RATE_SEEDS, RATE_SHARE = (1e-3, 3e-3), 4, (1000, 1001, 1002), 0.1
 HEAD_STEPS = 24
 # Hutchinson's products with the Hessian take their rows in one batch, for each matrix and probe.
 HUTCHINSON_ROWS, PROBES = 32, 16
@@ -80,7 +83,7 @@ class Glue:
 
 PAIR = ("sentence1", "sentence2")
 TASKS = {
-    "cola": Glue("CoLA", ("sentence",), 2, ("matthews",)),
+    "cola": Glue("CoLA", ("sentence",), 4, ("matthews",)),
     "stsb": Glue("STS-B", PAIR, 3, ("pearson", "spearman"), regression=True),
     "mrpc": Glue("MRPC", PAIR, 4, ("f1", "accuracy")),
     "rte": Glue("RTE", PAIR, 5, ("accuracy",)),
@@ -116,7 +119,7 @@ class Options:
 
     device: str
     dtype: str
-    learning_rate: float
+    learning_rates: tuple[float, ...]
     limit: int | None
     weights: str = field(default="")
 
@@ -126,8 +129,8 @@ class Options:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
 
 
-def load_task(name: str, model: Path, data: Path, options: Options) -> Task:
-    """The model in fp32, and the tokenized rows."""
+def load_task(name: str, model: Path, data: Path, options: Options) -> tuple[Task, Task]:
+    """The model in fp32 and the tokenized rows; and the same with a part of the training rows to measure on."""
     glue = TASKS[name]
     train_rows, dev_rows = (
         read_rows(
@@ -140,15 +143,15 @@ def load_task(name: str, model: Path, data: Path, options: Options) -> Task:
     )
     settings = Settings(
         model=str(model),
-        classes=None if glue.regression else tuple(label_names(train_rows)),
+        classes=None if glue.regression else (0, 1),
         metric=glue.metrics[0],
         plan_hash=None,
-        average_rank=RANKS[0],
+        average_rank=RATE_RANK,
         seeds=2,
         seed=0,
         epochs=glue.epochs,
         batch_size=BATCH,
-        learning_rate=options.learning_rate,
+        learning_rate=options.learning_rates[0],
         warmup=0.06,
         weight_decay=0.0,
         dropout=0.0,
@@ -157,7 +160,27 @@ def load_task(name: str, model: Path, data: Path, options: Options) -> Task:
         device=options.device,
         dtype=options.dtype,
     )
-    return prepare(settings, train_rows, dev_rows, torch.float32)
+    shuffled = random.Random(0).sample(train_rows, len(train_rows))
+    held_out = round(RATE_SHARE * len(shuffled))
+    task = prepare(settings, train_rows, dev_rows, torch.float32)
+    split = prepare(settings, shuffled[held_out:], shuffled[:held_out], torch.float32)
+    return task, replace(split, model=task.model)
+
+
+def chosen_rate(task: Task, plan: RankPlan, rates: Sequence[float]) -> float:
+    """The learning rate at which uniform LoRA is best on rows that are held out of the training rows."""
+    if len(rates) == 1:
+        return rates[0]
+    uniform, found = plan.with_ranks(uniform_ranks(plan)), {}
+    for rate in rates:
+        at_rate = replace(task, settings=replace(task.settings, learning_rate=rate))
+        try:
+            records = train(at_rate, {Run(UNIFORM, seed): uniform for seed in RATE_SEEDS}, progress=False)
+        except NonFiniteError:
+            continue
+        found[rate] = float(np.mean([record["metrics"][task.settings.metric] for record in records.values()]))
+    print(f"{task.settings.metric} by learning rate: {found}", flush=True)
+    return max(found, key=found.__getitem__)
 
 
 def measured(task: Task, estimator: str, options: Options) -> SensitivityReport:
@@ -213,7 +236,7 @@ def measure(
         most: seeds that are enough.
         deadline: by `time.monotonic`.
     """
-    task = load_task(name, model, data, options)
+    task, split = load_task(name, model, data, options)
     reports = {}
     for estimator in ESTIMATORS:
         file = WORK / f"{options.key}-{name}-{estimator}.json"
@@ -223,6 +246,12 @@ def measure(
             print(f"{name}: {estimator} measured in {time.perf_counter() - start:.1f} s", flush=True)
         reports[estimator] = SensitivityReport.load(file)
     task.model.to(getattr(torch, options.dtype))
+    file = WORK / f"{options.key}-{name}-rate.json"
+    if not file.is_file():
+        rate = chosen_rate(split, plan_of(reports["activation"], RATE_RANK), options.learning_rates)
+        _files.write_text(file, json.dumps(rate))
+    rate = json.loads(file.read_text())
+    task = replace(task, settings=replace(task.settings, learning_rate=rate))
     first, took = 0, 0.0
     while first < most and time.monotonic() + 1.1 * took < deadline:
         begun = time.monotonic()
@@ -240,7 +269,7 @@ def measure(
                 records = train(task, plans, progress=False)
                 seconds = time.perf_counter() - start
                 print(f"{name}, rank {average_rank}, seeds {seeds}: {len(plans)} runs in {seconds:.1f} s", flush=True)
-                yield [_row(name, average_rank, run, record, options) for run, record in records.items()]
+                yield [_row(name, average_rank, run, record, rate, options) for run, record in records.items()]
                 took = max(took, time.monotonic() - begun)
         first += at_once
 
@@ -249,7 +278,9 @@ def _id(name: str, average_rank: int, run: Run) -> str:
     return f"{name}/r{average_rank}/{run.arm}/seed{run.seed}"
 
 
-def _row(name: str, average_rank: int, run: Run, record: dict[str, Any], options: Options) -> dict[str, Any]:
+def _row(
+    name: str, average_rank: int, run: Run, record: dict[str, Any], rate: float, options: Options
+) -> dict[str, Any]:
     metrics = {metric: round(record["metrics"][metric], 6) for metric in TASKS[name].metrics}
     return {
         "id": _id(name, average_rank, run),
@@ -264,7 +295,7 @@ def _row(name: str, average_rank: int, run: Run, record: dict[str, Any], options
         "parameters": record["adapter_parameters"],
         "seconds": round(record["seconds"], 3),
         "dtype": options.dtype,
-        "learning_rate": options.learning_rate,
+        "learning_rate": rate,
         "key": options.key,
     }
 
@@ -401,11 +432,16 @@ def measured_with(rows: Rows) -> str:
     """Where the rows are from."""
     row = next(iter(rows.values()))
     dates = sorted({row["date"] for row in rows.values()})
+    rates = [
+        f"{glue.title} {row['learning_rate']:g}"
+        for task, glue in TASKS.items()
+        for row in itertools.islice((row for row in rows.values() if row["task"] == task), 1)
+    ]
     seeds = sorted(
         {len(values(rows, task, rank, UNIFORM, TASKS[task].metrics[0])) for task in TASKS for rank in RANKS}
     )
     return (
-        f"{len(rows)} fine-tunings, {_range(seeds)} seeds a cell, learning rate {row['learning_rate']:g}, the frozen "
+        f"{len(rows)} fine-tunings, {_range(seeds)} seeds a cell, learning rates {', '.join(rates)}; the frozen "
         f"model in {row['dtype']}, on {row.get('gpu') or row.get('cpu')} with torch {row['torch']}, "
         f"{' and '.join(dates)}."
     )
@@ -440,10 +476,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", help="folder of all-MiniLM-L6-v2, where its package is not installed")
     parser.add_argument("--seconds", type=float, default=200.0, help="begin no seeds that would end later than this")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds-at-once", type=int, default=5, help="seeds that train side by side")
+    parser.add_argument("--seeds-at-once", type=int, default=4, help="seeds that train side by side")
     parser.add_argument("--seeds", type=int, default=20, help="begin no more seeds than these")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights in training")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=RATES, help="to choose among")
     parser.add_argument("--limit", type=int, help="to try the command: rows of each split, and hardly a Hessian")
     parser.add_argument("--commit", default="", help="commit to record, where the sources are no git checkout")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file of the rows")
@@ -458,7 +494,7 @@ def main(arguments: list[str] | None = None) -> int:
     model = Path(given.model) if given.model else bundled_model()
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:12]
     dtype = given.dtype or ("bfloat16" if given.device == "cuda" else "float32")
-    options = Options(given.device, dtype, given.learning_rate, given.limit, weights)
+    options = Options(given.device, dtype, tuple(given.learning_rates), given.limit, weights)
     where = provenance(given.device, given.commit or current_commit())
     where["transformers"] = importlib.metadata.version("transformers")
     rows = load(given.output)

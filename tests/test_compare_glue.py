@@ -2,6 +2,8 @@
 
 import json
 import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ pytest.importorskip("transformers")
 
 from benchmarks import compare_glue as glue
 from sensilora.compare import PERMUTED, UNIFORM, Run
-from sensilora.errors import SensiloraError
+from sensilora.errors import NonFiniteError, SensiloraError
 from tests.reports import make_report
 
 
@@ -46,8 +48,8 @@ def made_up(gain=0.0, seeds=5):
                         "adapter_parameters": 9,
                         "seconds": 1.0,
                     }
-                    options = glue.Options("cpu", "float32", 1e-3, None)
-                    row = glue._row(task, rank, Run(arm, seed), record, options)
+                    options = glue.Options("cpu", "float32", (1e-3,), None)
+                    row = glue._row(task, rank, Run(arm, seed), record, 1e-3, options)
                     rows[row["id"]] = row | {"torch": "2", "cpu": "cpu", "date": "2026-01-01", "commit": "c"}
     return rows
 
@@ -112,6 +114,32 @@ def test_data_that_is_not_there(tmp_path):
         glue.data_folder(str(tmp_path))
 
 
+def test_the_learning_rate_is_the_one_at_which_uniform_lora_is_best(monkeypatch):
+    asked = []
+
+    def train(task, plans, progress):
+        rate = task.settings.learning_rate
+        asked.append(({run.arm for run in plans}, rate))
+        if rate > 1:
+            raise NonFiniteError("diverged")
+        return {run: {"metrics": {"accuracy": 0.5 + rate}} for run in plans}
+
+    @dataclass
+    class Settings:
+        metric: str = "accuracy"
+        learning_rate: float = 0.0
+
+    @dataclass
+    class Task:
+        settings: Settings
+
+    monkeypatch.setattr(glue, "train", train)
+    plan = glue.plan_of(reports()["fisher"], 4)
+    assert glue.chosen_rate(Task(Settings()), plan, (0.1, 0.3, 2.0, 0.2)) == 0.3
+    assert asked == [({UNIFORM}, rate) for rate in (0.1, 0.3, 2.0, 0.2)]
+    assert glue.chosen_rate(Task(Settings()), plan, (5.0,)) == 5.0
+
+
 def test_a_run_that_is_there_is_not_trained_again(tmp_path, monkeypatch):
     """Seeds that are there are passed over, those of other settings are not, and a deadline ends the run."""
     calls = []
@@ -121,15 +149,21 @@ def test_a_run_that_is_there_is_not_trained_again(tmp_path, monkeypatch):
         metrics = {"metrics": {"accuracy": 0.5}, "training_loss": 1.0, "adapter_parameters": 1, "seconds": 1.0}
         return dict.fromkeys(plans, metrics)
 
+    @dataclass
+    class Settings:
+        learning_rate: float = 0.0
+
+    @dataclass
     class Task:
-        model = type("Model", (), {"to": lambda self, dtype: self})()
+        model: object = field(default_factory=lambda: SimpleNamespace(to=lambda dtype: None))
+        settings: Settings = field(default_factory=Settings)
 
     found = reports()
     monkeypatch.setattr(glue, "WORK", tmp_path)
     monkeypatch.setattr(glue, "train", train)
-    monkeypatch.setattr(glue, "load_task", lambda *arguments: Task())
+    monkeypatch.setattr(glue, "load_task", lambda *arguments: (Task(), Task()))
     monkeypatch.setattr(glue, "measured", lambda task, estimator, options: found[estimator])
-    options = glue.Options("cpu", "float32", 1e-3, None)
+    options = glue.Options("cpu", "float32", (1e-3,), None)
 
     def run(rows, options, most=6, deadline=float("inf")):
         calls.clear()
@@ -142,7 +176,7 @@ def test_a_run_that_is_there_is_not_trained_again(tmp_path, monkeypatch):
     assert len(rows) == 4 * len(glue.ARMS) * len(glue.RANKS)
     run(rows, options)
     assert calls == [{4, 5}] * 2
-    run(json.loads(json.dumps(rows)), glue.Options("cpu", "float32", 2e-3, None), most=2)
+    run(json.loads(json.dumps(rows)), glue.Options("cpu", "float32", (2e-3,), None), most=2)
     assert calls == [{0, 1}] * 2
     run({}, options, deadline=0.0)
     assert calls == []
