@@ -443,7 +443,7 @@ def measured_with(rows: Rows) -> str:
     return (
         f"{len(rows)} fine-tunings, {_range(seeds)} seeds a cell, learning rates {', '.join(rates)}; the frozen "
         f"model in {row['dtype']}, on {row.get('gpu') or row.get('cpu')} with torch {row['torch']}, "
-        f"{' and '.join(dates)}."
+        f"{' and '.join(dates)}; every run is in [compare-glue.json](../benchmarks/results/compare-glue.json)."
     )
 
 

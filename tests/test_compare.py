@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sys
 from statistics import NormalDist
 
 import numpy as np
@@ -355,15 +356,20 @@ def trained(model, folder, serial, monkeypatch, steps=4, **changes):
     return found, {key: value for key, value in tensors.items() if key != "progress"}
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "eva"])
 def test_side_by_side_is_serial(kind, tmp_path, monkeypatch, device):
     folder = tmp_path / "model"
-    model = tiny_models.bert(folder, **NO_DROPOUT) if kind == "encoder" else tiny_models.llama(folder)
-    options = {"average_rank": 10, "device": device}  # a tiny random Llama's plan is uniform at lower ranks
+    model = tiny_models.llama(folder) if kind == "decoder" else tiny_models.bert(folder, **NO_DROPOUT)
+    # A tiny random Llama's plan is uniform at lower ranks.
+    options = {"average_rank": 10 if kind == "decoder" else 4, "device": device}
+    if kind == "eva":
+        pytest.importorskip("peft")
+        options["arms"] = (UNIFORM, PLAN, compare.EVA_START)
+    count = 2 * len(options.get("arms", compare.DEFAULT_ARMS))
     together, ours = trained(model, tmp_path / "a", False, monkeypatch, **options)
     alone, theirs = trained(model, tmp_path / "b", True, monkeypatch, **options)
     assert ours.keys() == theirs.keys()
-    assert len({key.split("/")[0] for key in ours}) == 6
+    assert len({key.split("/")[0] for key in ours}) == count
     for key, value in ours.items():
         # AdamW's first steps are the sign of the gradient times the rate, whatever the gradient's size.
         torch.testing.assert_close(
@@ -374,10 +380,10 @@ def test_side_by_side_is_serial(kind, tmp_path, monkeypatch, device):
             torch.testing.assert_close(value, theirs[key], rtol=rtol, atol=0.1 * rtol)
     for run, record in together.records.items():
         assert record["metrics"] == pytest.approx(alone.records[run]["metrics"], abs=0.03)
-        assert record["side_by_side"] == 6
+        assert record["side_by_side"] == count
         assert alone.records[run]["side_by_side"] == 1
     # Runs are not copies of one another.
-    assert len({tuple(value.tolist()) for key, value in ours.items() if key.endswith("/losses")}) == 6
+    assert len({tuple(value.tolist()) for key, value in ours.items() if key.endswith("/losses")}) == count
 
 
 def test_side_by_side_is_serial_with_dropout_on_average(tmp_path, monkeypatch):
@@ -419,6 +425,73 @@ def test_too_little_memory_is_told(model, tmp_path, monkeypatch):
 
 class Killed(BaseException):
     pass
+
+
+def test_arms_of_peft(model, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    options = {**QUICK, "epochs": 2, "average_rank": 4, "arms": list(compare.TITLES)}
+    evaluate, calls = compare._evaluate, []
+
+    def kill(task, layout, place):
+        calls.append(layout.runs)
+        if calls.count(1) == 2:  # the second of AdaLoRA's
+            raise Killed
+        return evaluate(task, layout, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "_evaluate", kill)
+        with pytest.raises(Killed):
+            run_compare(tmp_path / "out", model, rows(23), rows(12, 9), **options)
+    assert not (tmp_path / "out" / "runs" / "adalora_1.json").exists()
+    found = run_compare(tmp_path / "out", model, rows(23), rows(12, 9), **options)
+    assert found.arms == list(compare.TITLES)
+    assert len(found.records) == 14
+    plan = RankPlan.load(tmp_path / "out" / "plan.json")
+    largest = max(sum(entry.shape) for entry in plan.matrices.values())
+    for run, record in found.records.items():
+        assert plan.parameters - 2 * largest < record["adapter_parameters"] <= plan.parameters, run
+        assert record["head_parameters"] == found.records[Run(PLAN, 0)]["head_parameters"]
+        assert record["ranks"].keys() == plan.matrices.keys()
+        assert record["side_by_side"] == (1 if run.arm == compare.ADALORA else 12)
+    assert found.records[Run(compare.ADALORA, 0)]["initial_parameters"] > plan.parameters
+    assert found.records[Run(compare.EVA, 0)]["ranks"] == found.records[Run(compare.EVA_RANKS, 1)]["ranks"]
+    assert found.records[Run(compare.EVA_START, 0)]["ranks"] == found.records[Run(UNIFORM, 0)]["ranks"]
+    whole = run_compare(tmp_path / "whole", model, rows(23), rows(12, 9), **options)
+    for run, record in whole.records.items():
+        assert found.records[run]["training_loss"] == record["training_loss"], run
+        assert found.records[run]["metrics"] == record["metrics"], run
+    assert (
+        "No difference beyond noise between the plan and AdaLoRA" in found.verdict()
+        or "AdaLoRA by" in found.verdict()
+    )
+
+
+def test_arms_begin_alike(model, tmp_path, monkeypatch):
+    """AdaLoRA's first loss is that of the others of its seed: the same head, rows and order, and no update yet."""
+    pytest.importorskip("peft")
+    firsts = {}
+    fit = compare._fit
+
+    def watch(task, layout, state, *arguments):
+        fit(task, layout, state, *arguments)
+        firsts.update({run: float(state.losses[0, place]) for place, run in enumerate(state.pieces)})
+
+    monkeypatch.setattr(compare, "_fit", watch)
+    arms = [UNIFORM, PLAN, compare.EVA, compare.ADALORA]
+    run_compare(tmp_path / "out", model, rows(43), rows(12, 9), **{**QUICK, "arms": arms})
+    for seed in (0, 1):
+        losses = [firsts[Run(arm, seed)] for arm in arms]
+        assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    assert firsts[Run(UNIFORM, 0)] != pytest.approx(firsts[Run(UNIFORM, 1)], rel=1e-3)
+
+
+def test_peft_that_is_missing_is_told(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "sensilora.integrations.adaptive", raising=False)
+    monkeypatch.delattr("sensilora.integrations.adaptive", raising=False)
+    with pytest.raises(SensiloraError, match=r"need peft; install it with: pip install 'sensilora\[peft\]'"):
+        run_compare(tmp_path / "out", model, rows(12), rows(8, 9), arms=[UNIFORM, PLAN, "eva"], **QUICK)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("serial", [False, True])
@@ -578,6 +651,8 @@ def test_a_checkpoint_of_finished_runs_is_no_start_for_others(model, tmp_path, m
         ({"learning_rate": math.nan}, "learning_rate must be a finite number"),
         ({"warmup": 1.5}, "warmup must be in"),
         ({"metric": "pearson"}, "metric 'pearson' does not fit the data; choose accuracy, macro_f1, matthews, f1"),
+        ({"arms": ["uniform", "plan", "dora"]}, "there is no arm 'dora'; choose among uniform, plan"),
+        ({"arms": ["plan", "permuted"]}, "uniform and plan are always among the arms"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
     ],
 )

@@ -76,7 +76,10 @@ class AdaLoRA:
         self.initial_parameters = initial * sum(self._cost.values())
 
     def penalty(self) -> Tensor:
-        """What PEFT adds to a loss: how far the columns of B and rows of A are from orthonormal, times 0.5."""
+        """How far the columns of B and rows of A are from orthonormal, times 0.5.
+
+        ``AdaLoraModel.forward`` adds it to a loss, which a PeftModel without a task type does not call.
+        """
         parts = [
             torch.linalg.matrix_norm(
                 (gram := p @ p.T if ".lora_A." in name else p.T @ p) - torch.eye(len(gram), device=p.device)
@@ -159,7 +162,7 @@ def eva(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], plan: RankPla
     """
     _constant_scale(plan)
     costs = {name: sum(entry.shape) for name, entry in plan.matrices.items()}
-    total = round(plan.parameters / sum(costs.values()) * len(costs))
+    total = max(len(costs), round(plan.parameters / sum(costs.values()) * len(costs)))
     best: dict[str, Tensor] = {}
     tried = set()
     for _ in range(_EVA_ROUNDS):
@@ -182,7 +185,10 @@ def eva_start(
     model: nn.Module, batches: Sequence[Mapping[str, Tensor]], ranks: Mapping[str, int]
 ) -> dict[str, Tensor]:
     """EVA's A for ranks that are given: (rank, in_features) of each matrix that has one. Raises as `eva` does."""
-    return _eva_directions(model, batches, {name: rank for name, rank in ranks.items() if rank > 0}, 1.0)
+    # Directions come in order. Of unequal numbers PEFT would give some matrices' to others with the same input.
+    largest = max(ranks.values())
+    found = _eva_directions(model, batches, {name: largest for name, rank in ranks.items() if rank > 0}, 1.0)
+    return {name: directions[: ranks[name]] for name, directions in found.items()}
 
 
 def _eva_directions(
@@ -218,4 +224,4 @@ def _eva_directions(
         prepare_layer_inputs_fn=real_inputs,
         show_progress_bar=False,
     )
-    return {name: found[name].clone() for name in ranks}
+    return {name: found[name].float() for name in ranks}
