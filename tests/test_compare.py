@@ -240,7 +240,8 @@ def test_orders_hold_every_row_once_and_rows_of_like_length_together(model):
 
 @pytest.mark.filterwarnings("ignore:the head .* looks new:UserWarning")
 def test_stacked_adapters_are_the_mixed_ones(model, device):
-    task = small_task(model, device=device, dropout=0.0)
+    task = small_task(model, device=device)
+    tolerance = 1e-4 if device == "cpu" else 1e-2
     shapes = {name: matrix_shape(module) for name, module in find_targets(task.model).items()}
     uniform = RankPlan.uniform(shapes, 2, fingerprint=fingerprint(task.model))
     some = list(shapes)[::2]
@@ -268,7 +269,7 @@ def test_stacked_adapters_are_the_mixed_ones(model, device):
         for place in range(3):
             layout.only = place
             alone.append(task.model(**batch).logits.detach()[2 * place : 2 * place + 2])
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=tolerance, atol=tolerance)
     assert {type(module).__name__ for module in task.model.modules()}.isdisjoint({"_Stacked", "_Heads"})
     for run, plan in plans.items():
         mixed.add_adapter(task.model, run.name, plan)
@@ -282,7 +283,7 @@ def test_stacked_adapters_are_the_mixed_ones(model, device):
         task.model.get_submodule(head).load_state_dict(own)
         with mixed.adapter_ids(task.model, [run.name] * 6), torch.no_grad():
             expected = task.model(**batch).logits[2 * place : 2 * place + 2]
-        torch.testing.assert_close(together[2 * place : 2 * place + 2], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together[2 * place : 2 * place + 2], expected, rtol=tolerance, atol=tolerance)
 
 
 def test_each_run_is_clipped_by_its_own_norm(model):
