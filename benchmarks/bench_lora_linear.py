@@ -57,6 +57,9 @@ def cases(device: str) -> Cases:
         for shape in GPU_SHAPES
     }
     found["lora_linear/4096x4096/r16/T256/graph"] = _graph_case
+    found["lora_linear/4096x4096/r16/T256/wall"] = lambda: replace(
+        _gpu_case(256, 4096, 4096, 16, 0.0), eager_errors=None, wall=True
+    )
     found["lora_linear/4096x14336/r16/p0/native"] = _native_case
     return found
 

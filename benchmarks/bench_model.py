@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import random
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,9 +42,13 @@ LLAMA_8B = {
 def cases(device: str) -> Cases:
     if device == "cpu":
         return {}
-    return {
+    found: Cases = {
         f"model/llama8b_4x2048/avg8/p{p:g}": partial(_case, device, LLAMA_8B, BATCH, LENGTH, p) for p in (0.0, 0.05)
     }
+    for length in (256, 1024, 2048):
+        name = f"model/llama8b_8layers_1x{length}/avg8/p0/wall"
+        found[name] = partial(_wall_case, device, {**LLAMA_8B, "num_hidden_layers": 8}, length)
+    return found
 
 
 def _build(device: str, shape: dict[str, Any]) -> nn.Module:
@@ -126,6 +131,11 @@ def _case(device: str, shape: dict[str, Any], batch: int, length: int, p: float)
         floor_flops=_flops(shape, batch * length, ours),
         peak_memory=True,
     )
+
+
+def _wall_case(device: str, shape: dict[str, Any], length: int) -> Case:
+    """One short sequence through eight layers, launches included, as an eager script waits for it."""
+    return replace(_case(device, shape, 1, length, 0.0), peak_memory=False, wall=True)
 
 
 def _flops(shape: dict[str, Any], tokens: int, model: nn.Module) -> float:

@@ -38,6 +38,7 @@ class Case:
         floor_bytes, floor_flops: least memory traffic and arithmetic of ours, for the floor on a GPU.
         peak_memory: record the peak of allocated GPU memory of each function too.
         bandwidth: record floor_bytes over our time, in TB/s, too.
+        wall: time by the host's clock, launches included, as a script that waits for nothing sees it.
     """
 
     ours: Callable[[], Any]
@@ -50,6 +51,7 @@ class Case:
     floor_flops: float = 0.0
     peak_memory: bool = False
     bandwidth: bool = False
+    wall: bool = False
 
 
 Cases = dict[str, Callable[[], Case]]
@@ -110,12 +112,15 @@ def _product(rows: int, reduced: int, columns: int) -> Callable[[], torch.Tensor
     return lambda: left @ right
 
 
-def median_ms(functions: list[Callable[[], Any]], device: str, seconds: float = 0.3, rounds: int = 20) -> list[float]:
+def median_ms(
+    functions: list[Callable[[], Any]], device: str, seconds: float = 0.3, rounds: int = 20, wall: bool = False
+) -> list[float]:
     """Median milliseconds of each function, timed in turn, `rounds` times at most and for about `seconds` each.
 
     Five rounds at least, or three where one takes more than five seconds.
     """
-    timers = [(_cuda_timer if device == "cuda" else _cpu_timer)(function) for function in functions]
+    make = _cpu_timer if device == "cpu" else _wall_timer if wall else _cuda_timer
+    timers = [make(function) for function in functions]
     first = [timer() for timer in timers]
     round_ms = sum(spent for _, spent in first)
     rounds = max(3 if round_ms > 5e3 else 5, min(rounds, int(seconds * 1e3 * len(functions) / round_ms)))
@@ -136,6 +141,23 @@ def _cpu_timer(function: Callable[[], Any]) -> Timer:
         function()
         spent = (time.perf_counter() - start) * 1e3
         return spent, spent
+
+    return timer
+
+
+def _wall_timer(function: Callable[[], Any]) -> Timer:
+    """The host's clock over several calls in a row, up to the end of the last one on the device."""
+    for _ in range(3):
+        function()
+
+    def timer() -> tuple[float, float]:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(5):
+            function()
+        torch.cuda.synchronize()
+        spent = (time.perf_counter() - start) * 1e3
+        return spent / 5, spent
 
     return timer
 
@@ -206,7 +228,8 @@ def run(case: Case, device: str, ceilings: Ceilings | None) -> dict[str, Any]:
         return {**row, "wrong": True}
     if case.eager_errors is not None:
         row["error_vs_eager"] = max(ours / eager for ours, eager in zip(errors, case.eager_errors(), strict=True))
-    ours, baseline, *peers = median_ms([case.ours, case.baseline, *case.peers.values()], device)
+    functions = [case.ours, case.baseline, *case.peers.values()]
+    ours, baseline, *peers = median_ms(functions, device, wall=case.wall)
     row.update(ours_ms=ours, baseline_ms=baseline, ratio=ours / baseline)
     row["peers"] = {name: peer / baseline for name, peer in zip(case.peers, peers, strict=True)}
     if ceilings is not None:

@@ -90,7 +90,7 @@ _STYLES = {
 }
 LAYER = r"lora_linear/\d+x\d+/r16/p[\d.]+$|lora_group/"
 RANK = r"lora_linear/4096x4096/r\d+/p0$"
-MODEL = r"model/[^/]+/avg"
+MODEL = r"model/[^/]+/avg[^/]*/p[\d.]+$"
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -518,11 +518,13 @@ PRODUCTS = 3
 # The largest stack whose update fits the registers beside the accumulator. The cap leaves registers for the passes
 # that run beside the product.
 EARLY_RANK = 32
-# From these stacks on an update without a mask is one more product by TMA, and the passes that make h and q, and those
-# that make dA and dB, are cuBLAS's.
+# Stacks from which an update without a mask is one more product by TMA, and the passes for h and q, then those for dA
+# and dB, are cuBLAS's.
 DENSE_UPDATE = 64
 DENSE_DOWN = 65
 DENSE_OUTER = 129
+# Up to so many rows the passes run beside a product of cuBLAS's in a CUDA graph; it leaves room for them.
+FORK_MAX_ROWS = 128
 PRODUCT_REGISTERS = 208
 # Elements of the weights from which a product counts as long.
 LONG_PRODUCT = 2**25
@@ -864,7 +866,7 @@ def _side_stream(like: torch.Tensor) -> torch.cuda.Stream | None:
 
     Outside of graphs forking costs the host more than it saves the device.
     """
-    if not like.is_cuda or like.shape[0] >= PRODUCT_MIN_ROWS or not torch.cuda.is_current_stream_capturing():
+    if not like.is_cuda or like.shape[0] > FORK_MAX_ROWS or not torch.cuda.is_current_stream_capturing():
         return None
     side = _side_stream_of(like.device)
     side.wait_stream(torch.cuda.current_stream(like.device))
@@ -1022,8 +1024,8 @@ def launch_lora_group_backward(
     elif need_grad_x:
         # After the passes over dY and before those over x, which then find the last rows of grad_x in L2.
         grad_x = _base_grad_x(grads, weights)
-    # With many rows, one pass over x also updates grad_x, with the mask that it makes for A's gradient anyway.
-    in_one_pass = need_grad_x and not fused and rows >= PRODUCT_MIN_ROWS
+    # One pass over x also updates grad_x, with the mask that it makes for A's gradient anyway.
+    in_one_pass = need_grad_x and not fused
     with _on(side):
         for members, threshold, keep_scale, seed in masks:
             columns = q[:, _columns(ranks, members)]
@@ -1038,7 +1040,7 @@ def launch_lora_group_backward(
     if need_grad_x and not fused:
         for members, threshold, keep_scale, seed in masks:
             columns = q[:, _columns(ranks, members)]
-            if not in_one_pass or columns.shape[1] > MAX_BLOCK_RANK:
+            if columns.shape[1] > MAX_BLOCK_RANK:
                 launch_lora_up(grad_x, columns, [lora_As[i] for i in members], keep_scale, threshold, seed)
     if fused:
         for i in adapted:

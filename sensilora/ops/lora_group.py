@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sensilora.ops import _backend
+from sensilora.ops import _backend, _products
 from sensilora.ops._backend import Implementation
 from sensilora.ops._dropout import keep_scale, threshold
-from sensilora.ops._lora import cast_for_autocast, check_operands, columns_of_h, draw_seeds, row_count, rows, unfolded
+from sensilora.ops._lora import (
+    cast_for_autocast,
+    check_operands,
+    columns_of_h,
+    draw_seeds,
+    row_count,
+    rows,
+    unfolded,
+    unwatched,
+)
+from sensilora.ops._products import launch_bound
 from sensilora.ops.lora_linear import (
     _NATIVE_DTYPES,
     _TRITON_DTYPES,
@@ -87,9 +98,10 @@ def lora_group(
         raise ValueError(f"members that share a mask must share a dropout probability, not {ps}")
     # autograd's list arguments may not hold None.
     given, has_bias = [bias for bias in biases if bias is not None], [bias is not None for bias in biases]
-    outputs, _ = _lora_group(
-        x, list(weights), given, has_bias, list(lora_As), list(lora_Bs), [float(s) for s in scalings], ps, seeds
-    )
+    scalings = [float(s) for s in scalings]
+    if unwatched(x, *weights, *given, *lora_As, *lora_Bs, seeds):
+        return _Direct.apply(has_bias, scalings, ps, seeds, x, *weights, *given, *lora_As, *lora_Bs)
+    outputs, _ = _lora_group(x, list(weights), given, has_bias, list(lora_As), list(lora_Bs), scalings, ps, seeds)
     return tuple(outputs)
 
 
@@ -134,6 +146,8 @@ def _masks(dropout_ps: Sequence[float]) -> tuple[list[int], list[float]]:
 
 
 def _triton(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds) -> tuple[list[Tensor], Tensor]:
+    if not any(dropout_ps) and _backend.forced_backend() is None and launch_bound(x, weights):
+        return _products.forward(x, weights, biases, lora_As, lora_Bs, scalings)
     from sensilora.kernels.lora_linear import launch_lora_group
 
     with torch.cuda.device_of(x):
@@ -141,6 +155,8 @@ def _triton(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds) -
 
 
 def _triton_backward(grads, x, h, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, need_grad_x):
+    if not any(dropout_ps) and _backend.forced_backend() is None and launch_bound(x, weights):
+        return _products.backward(grads, x, h, weights, lora_As, lora_Bs, scalings, need_grad_x)
     from sensilora.kernels.lora_linear import launch_lora_group_backward
 
     with torch.cuda.device_of(x):
@@ -163,8 +179,7 @@ _backend.register(
 )
 
 
-@torch.library.custom_op("sensilora::lora_group", mutates_args=())
-def _lora_group(
+def _forward(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -184,14 +199,16 @@ def _lora_group(
     return [unfolded(y, x) for y in outputs], h
 
 
+_lora_group = torch.library.custom_op("sensilora::lora_group", _forward, mutates_args=())
+
+
 @_lora_group.register_fake
 def _(x, weights, biases, has_bias, lora_As, lora_Bs, scalings, dropout_ps, seeds):
     outputs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     return outputs, x.new_empty(row_count(x), columns_of_h([lora_A.shape[0] for lora_A in lora_As])[-1].stop)
 
 
-@torch.library.custom_op("sensilora::lora_group_backward", mutates_args=())
-def _lora_group_backward(
+def _gradients(
     grads: Sequence[Tensor],
     x: Tensor,
     h: Tensor,
@@ -215,6 +232,9 @@ def _lora_group_backward(
     )
 
 
+_lora_group_backward = torch.library.custom_op("sensilora::lora_group_backward", _gradients, mutates_args=())
+
+
 @_lora_group_backward.register_fake
 def _(grads, x, h, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, need_grad_x):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_grad_x else x.new_empty(0)
@@ -229,11 +249,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grads, _grad_h):
+def _backward(ctx, grads, needs):
+    """Gradients of x and of all weights, biases, A's and B's, each None unless needed."""
     x, h, seeds, *operands = ctx.saved_tensors
     members = len(grads)
     weights, lora_As, lora_Bs = (operands[first : first + members] for first in range(0, 3 * members, members))
-    need_x, need_weights, need_biases = ctx.needs_input_grad[:3]
+    need_x, need_weights, need_biases = needs
     used = [i for i, grad in enumerate(grads) if grad is not None]
 
     def of_used(entries):
@@ -245,13 +266,15 @@ def _backward(ctx, grads, _grad_h):
 
     if not used:
         nothing = [None] * members
-        return None, nothing, [None] * len(need_biases), None, nothing, nothing, None, None, None
+        return None, nothing, [None] * len(need_biases), nothing, nothing
     if len(used) < members:
         columns = columns_of_h([lora_A.shape[0] for lora_A in lora_As])
         h = torch.cat([h[:, own] for own in of_used(columns)], dim=1)
         if seeds is not None and seeds.shape[0] > 1:
             seeds = torch.cat(of_used(seeds.split(1)))
-    grad_x, grad_As, grad_Bs = _lora_group_backward(
+    # The op tells who differentiates again that this cannot be.
+    direct = not torch.is_grad_enabled() and unwatched(*of_used(grads), x, h, *weights, *lora_As, *lora_Bs, seeds)
+    grad_x, grad_As, grad_Bs = (_gradients if direct else _lora_group_backward)(
         of_used(grads), x, h, of_used(weights), of_used(lora_As), of_used(lora_Bs), of_used(ctx.scalings),
         of_used(ctx.dropout_ps), seeds, need_x,
     )  # fmt: skip
@@ -264,11 +287,42 @@ def _backward(ctx, grads, _grad_h):
         rows(grad).sum(0) if need and grad is not None else None
         for grad, need in zip(biased, need_biases, strict=True)
     ]
-    grad_x = grad_x if need_x else None
-    return grad_x, grad_weights, grad_biases, None, of_all(grad_As), of_all(grad_Bs), None, None, None
+    return grad_x if need_x else None, grad_weights, grad_biases, of_all(grad_As), of_all(grad_Bs)
 
 
-_lora_group.register_autograd(_backward, setup_context=_setup_context)
+def _op_backward(ctx, grads, _grad_h):
+    grad_x, grad_weights, grad_biases, grad_As, grad_Bs = _backward(ctx, grads, ctx.needs_input_grad[:3])
+    return grad_x, grad_weights, grad_biases, None, grad_As, grad_Bs, None, None, None
+
+
+_lora_group.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The op's forward and backward pass without torch's dispatcher; biases are those that are given."""
+
+    @staticmethod
+    def forward(ctx, has_bias, scalings, dropout_ps, seeds, x, *operands):
+        ctx.splits = splits = _splits(has_bias)
+        weights, biases, lora_As, lora_Bs = (operands[own] for own in splits)
+        inputs = (x, weights, biases, has_bias, lora_As, lora_Bs, scalings, dropout_ps, seeds)
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return tuple(output[0])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        need_x, *needs = ctx.needs_input_grad[4:]
+        weights, biases, *_ = ctx.splits
+        grad_x, *others = _backward(ctx, grads, (need_x, needs[weights], needs[biases]))
+        return None, None, None, None, grad_x, *itertools.chain.from_iterable(others)
+
+
+def _splits(has_bias: Sequence[bool]) -> list[slice]:
+    """Where the weights, the given biases, the A's and the B's are among all of a group's operands."""
+    members = len(has_bias)
+    ends = list(itertools.accumulate([members, sum(has_bias), members, members], initial=0))
+    return [slice(*ends[i : i + 2]) for i in range(4)]
 
 
 def _no_double_backward(ctx, *grads):

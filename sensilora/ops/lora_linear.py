@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from sensilora.ops import _backend
+from sensilora.ops import _backend, _products
 from sensilora.ops._backend import Implementation
 from sensilora.ops._dropout import dropout, keep_scale, threshold
 from sensilora.ops._lora import (
@@ -18,7 +18,9 @@ from sensilora.ops._lora import (
     rows,
     seed_tensor,
     unfolded,
+    unwatched,
 )
+from sensilora.ops._products import launch_bound
 
 
 def lora_linear(
@@ -63,7 +65,11 @@ def lora_linear(
         dropout_p, seed = 0.0, None
     else:
         seed = seed_tensor(seed, x.device)
-    return _lora_linear(x, weight, bias, lora_A, lora_B, float(scaling), float(dropout_p), seed)[0]
+    operands = (x, weight, bias, lora_A, lora_B, float(scaling), float(dropout_p), seed)
+    if unwatched(x, weight, bias, lora_A, lora_B, seed):
+        y: Tensor = _Direct.apply(*operands)
+        return y
+    return _lora_linear(*operands)[0]
 
 
 def _seed_value(seed: Tensor | None) -> int:
@@ -103,6 +109,9 @@ def _native_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, see
 
 
 def _triton(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    if dropout_p == 0.0 and _backend.forced_backend() is None and launch_bound(x, [weight]):
+        (y,), h = _products.forward(x, [weight], [bias], [lora_A], [lora_B], [scaling])
+        return y, h
     from sensilora.kernels.lora_linear import launch_lora_group
 
     mask = [threshold(dropout_p)], [keep_scale(dropout_p)]
@@ -112,6 +121,11 @@ def _triton(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[
 
 
 def _triton_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
+    if dropout_p == 0.0 and _backend.forced_backend() is None and launch_bound(x, [weight]):
+        grad_x, (grad_A,), (grad_B,) = _products.backward(
+            [grad], x, h, [weight], [lora_A], [lora_B], [scaling], need_grad_x
+        )
+        return grad_x, grad_A, grad_B
     from sensilora.kernels.lora_linear import launch_lora_group_backward
 
     mask = [threshold(dropout_p)], [keep_scale(dropout_p)]
@@ -138,8 +152,7 @@ _backend.register(
 )
 
 
-@torch.library.custom_op("sensilora::lora_linear", mutates_args=())
-def _lora_linear(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -154,14 +167,16 @@ def _lora_linear(
     return unfolded(y, x), h
 
 
+_lora_linear = torch.library.custom_op("sensilora::lora_linear", _forward, mutates_args=())
+
+
 @_lora_linear.register_fake
 def _(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     h = x.new_empty(row_count(x), padded_rank(lora_A.shape[0]))
     return x.new_empty(*x.shape[:-1], weight.shape[0]), h
 
 
-@torch.library.custom_op("sensilora::lora_linear_backward", mutates_args=())
-def _lora_linear_backward(
+def _gradients(
     grad: Tensor,
     x: Tensor,
     h: Tensor,
@@ -179,6 +194,9 @@ def _lora_linear_backward(
         grad_rows, x_rows, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x
     )
     return grad_x.reshape(x.shape) if need_grad_x else grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+
+
+_lora_linear_backward = torch.library.custom_op("sensilora::lora_linear_backward", _gradients, mutates_args=())
 
 
 @_lora_linear_backward.register_fake
@@ -199,7 +217,9 @@ def _backward(ctx, grad: Tensor | None, _grad_h):
     if grad is None:
         return (None,) * 8
     x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
-    grad_x, grad_A, grad_B = _lora_linear_backward(
+    # The op tells who differentiates again that this cannot be.
+    direct = not torch.is_grad_enabled() and unwatched(grad, x, weight, lora_A, lora_B, h, seed)
+    grad_x, grad_A, grad_B = (_gradients if direct else _lora_linear_backward)(
         grad, x, h, weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, ctx.needs_input_grad[0]
     )
     _, need_weight, need_bias, *_ = ctx.needs_input_grad
@@ -208,6 +228,20 @@ def _backward(ctx, grad: Tensor | None, _grad_h):
 
 
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The op's forward and backward pass without torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad, None)
 
 
 def _no_double_backward(ctx, *grads):

@@ -1,12 +1,14 @@
 """lora_group: every backend against fp64 autograd of the plain formula, masks like lora_linear's, registration."""
 
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sensilora.errors import BackendError
 from sensilora.ops import _backend, lora_group, lora_linear, use_backend
@@ -514,3 +516,22 @@ def test_hoppers_product_matches_oracle(monkeypatch, on_backend, device, masks, 
         count = 3 if masks == "own" else 1
         got = group.results(dropout_ps=ps, seeds=None if masks == "none" else group.seeds(count))
     assert_close(got, group.oracle(ps, SEEDS[:count]), 4 * RELATIVE[torch.float16])
+
+
+def test_direct_calls_give_the_bits_of_the_op(device):
+    """Without a dispatch mode autograd.Function serves, with one the registered op does."""
+
+    class Seen(TorchDispatchMode):
+        ops: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.ops.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    group = Group((9,), 24, [(16, 3), (8, 5)], device=device)
+    direct = group.results(dropout_ps=0.3, seeds=group.seeds())
+    with Seen() as seen:
+        watched = group.results(dropout_ps=0.3, seeds=group.seeds())
+    assert {"sensilora.lora_group.default", "sensilora.lora_group_backward.default"} <= set(seen.ops)
+    for name in direct:
+        assert torch.equal(direct[name], watched[name]), name

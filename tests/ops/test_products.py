@@ -1,0 +1,99 @@
+"""LoRA from plain products, which serves calls that a GPU runs sooner than they are launched."""
+
+import pytest
+import torch
+
+from sensilora.ops import _products, lora_group, lora_linear, use_backend
+from tests.ops.test_lora_group import Group, assert_close
+from tests.tolerances import RELATIVE
+
+
+def products(x, weights, biases, lora_As, lora_Bs, scalings, need_grad_x=True):
+    """`_products` under autograd, for 2-dimensional x."""
+
+    class Products(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, *adapters):
+            members = len(weights)
+            ctx.adapters = adapters[:members], adapters[members:]
+            outputs, h = _products.forward(x, weights, biases, *ctx.adapters, scalings)
+            ctx.save_for_backward(x, h)
+            return tuple(outputs)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            x, h = ctx.saved_tensors
+            grad_x, grad_As, grad_Bs = _products.backward(grads, x, h, weights, *ctx.adapters, scalings, need_grad_x)
+            assert grad_x.numel() == (x.numel() if need_grad_x else 0)
+            adapters = zip((*grad_As, *grad_Bs), (*ctx.adapters[0], *ctx.adapters[1]), strict=True)
+            return grad_x if need_grad_x else None, *(grad.to(adapter.dtype) for grad, adapter in adapters)
+
+    return Products.apply(x, *lora_As, *lora_Bs)
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "members", [[(40, 16)], [(8, 0)], [(40, 3), (24, 32), (48, 0), (264, 1)], [(7, 130), (9, 5)]]
+)
+def test_matches_oracle(device, dtype, adapter_dtype, members, poisoned_empty):
+    group = Group((130,), 72, members, dtype, device, adapter_dtype)
+    tolerance = 4 * max(RELATIVE[dtype], RELATIVE[adapter_dtype or dtype])
+    assert_close(group.results(products), group.oracle(), tolerance)
+
+
+def test_without_a_gradient_of_x():
+    group = Group((13,), 24, [(16, 3), (8, 5)])
+    got = group.results(lambda *operands: products(*operands, need_grad_x=False))
+    assert got.pop("x") is None
+    expected = group.oracle()
+    assert_close(got, {name: expected[name] for name in got}, RELATIVE[torch.float32])
+
+
+def test_padding_of_h_is_zero(poisoned_empty):
+    group = Group((13,), 24, [(16, 3), (8, 20)])
+    _, h = _products.forward(group.x, group.weights, group.biases, group.lora_As, group.lora_Bs, group.scalings)
+    assert h.shape == (13, 16 + 32)
+    assert not h[:, 3:16].any()
+    assert not h[:, 36:].any()
+
+
+def test_a_cpu_launches_nothing():
+    assert not _products.launch_bound(torch.ones(1, 1), [torch.ones(1, 1)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_small_calls_are_products_and_large_ones_and_graphs_are_not(monkeypatch, adapter_dtype):
+    calls = []
+    for name in ("forward", "backward"):
+        function = getattr(_products, name)
+        monkeypatch.setattr(
+            _products, name, lambda *args, function=function: calls.append(function.__name__) or function(*args)
+        )
+    group = Group((4, 40), 72, [(40, 3), (24, 32)], torch.bfloat16, "cuda", adapter_dtype)
+    got = group.results()
+    assert calls == ["forward", "backward"]
+    assert_close(got, group.oracle(), 4 * RELATIVE[torch.bfloat16])
+    x, weight, bias = group.x.requires_grad_(), group.weights[0], group.biases[0]
+    lora_A, lora_B = group.lora_As[0].requires_grad_(), group.lora_Bs[0].requires_grad_()
+
+    def step():
+        y = lora_linear(x, weight, bias, lora_A, lora_B, 0.7)
+        return torch.autograd.grad(y.float().sum(), (x, lora_A, lora_B))
+
+    step()
+    assert calls == ["forward", "backward"] * 2
+    with use_backend("triton"):
+        step()
+    lora_group(x, [weight] * 2, [None] * 2, [lora_A] * 2, [lora_B] * 2, [1.0] * 2, dropout_ps=0.1)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    calls.clear()
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        step()
+    assert calls == []
+    monkeypatch.setattr(_products, "LAUNCH_BOUND_FLOPS", 0)
+    step()
+    assert calls == []
