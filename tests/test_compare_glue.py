@@ -1,5 +1,6 @@
 """The comparison on GLUE: arms of equal cost, rows that go on, and a page that comes from the results."""
 
+import itertools
 import json
 import random
 from dataclasses import dataclass, field
@@ -138,6 +139,38 @@ def test_the_learning_rate_is_the_one_at_which_uniform_lora_is_best(monkeypatch)
     assert glue.chosen_rate(Task(Settings()), plan, (0.1, 0.3, 2.0, 0.2)) == 0.3
     assert asked == [({UNIFORM}, rate) for rate in (0.1, 0.3, 2.0, 0.2)]
     assert glue.chosen_rate(Task(Settings()), plan, (5.0,)) == 5.0
+
+
+def test_tasks_run_in_a_process_each_and_their_rows_come_together(tmp_path, monkeypatch, capsys):
+    rows = made_up(seeds=1)
+    started = {}
+
+    class Process:
+        def __init__(self, command):
+            last = dict(itertools.pairwise(command))  # of a flag that comes twice the last counts
+            task, part = last["--tasks"], last["--output"]
+            started[task] = command
+            # What was there is there for the process to go on from.
+            assert set(glue.load(glue.Path(part))) == {"rte/r1/uniform/seed7"} & {f"{task}/r1/uniform/seed7"}
+            if task != "mrpc":
+                own = {name: row for name, row in rows.items() if row["task"] == task}
+                glue.write_results(glue.load(glue.Path(part)) | own, glue.Path(part))
+            self.returncode = int(task == "mrpc")
+
+        def poll(self):
+            return self.returncode
+
+    monkeypatch.setattr(glue, "WORK", tmp_path / "work")
+    monkeypatch.setattr(glue.subprocess, "Popen", Process)
+    before = {"rte/r1/uniform/seed7": rows["rte/r1/uniform/seed0"] | {"id": "rte/r1/uniform/seed7", "seed": 7}}
+    glue.write_results(before, tmp_path / "rows.json")
+    code = glue.main(["--device", "cpu", "--seconds", "50", "--output", str(tmp_path / "rows.json")])
+    assert code == 1
+    assert "failed: mrpc" in capsys.readouterr().err
+    assert list(started) == list(glue.TASKS)
+    assert all(0 < float(command[-1]) <= 50 and command[-2] == "--seconds" for command in started.values())
+    expected = {name: row for name, row in rows.items() if row["task"] != "mrpc"} | before
+    assert glue.load(tmp_path / "rows.json") == expected
 
 
 def test_a_run_that_is_there_is_not_trained_again(tmp_path, monkeypatch):
