@@ -55,11 +55,11 @@ TMA_CHUNK = tl.constexpr(8)
 CHUNK = 4
 # The same for the product of squares, and the passes that write these.
 POSITION_CONFIG = (128, 128, 64, 8, 8, 5)
-SQUARES_CONFIG = {"BLOCK_T": 64, "BLOCK_C": 128, "STAGES": 2, "num_warps": 16}
+SQUARES_CONFIG = {"BLOCK_T": 64, "BLOCK_C": 128, "STAGES": 2, "num_warps": 8}
 CHOOSE_BLOCK, CHOOSE_WARPS = 1024, 32
 POSITION_CHUNK = 8
 # Products below which its dozen launches take longer than squaring in every program.
-SQUARES_MIN_WORK = 2**32
+SQUARES_MIN_WORK = 2**33
 # Rows whose squares are stored at a time, and steps that a split has at least.
 SQUARED_ROWS = 8192
 SPLIT_STEPS = 8
