@@ -1003,7 +1003,7 @@ def launch_lora_group_backward(
     pending = []
     # Copies first: a launch of another kind between would keep the passes from overlapping. Those that the product
     # reads are held to the end: a pass beside it would else be given their memory for its partial sums.
-    updates = ()
+    updates: torch.Tensor | tuple[torch.Tensor, ...] = ()
     if fused:
         dense = dense and stack_size(ranks) >= DENSE_UPDATE
         updates = dense_update(lora_As, 1.0, x, weights[0]) if dense else _stackable(lora_As)

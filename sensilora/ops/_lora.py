@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
