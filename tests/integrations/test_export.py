@@ -329,14 +329,29 @@ def test_axolotl_trains_the_plans_ranks_and_scales(base, plan, tmp_path, rule):
     assert {name: layer.rank for name, layer in adapter_layers(ours).items()} == ranks
 
 
-def test_axolotls_schema_takes_it(plan, tmp_path):
-    schema = pytest.importorskip(
-        "axolotl.utils.schemas.peft", reason="axolotl is not installed", exc_type=ImportError
-    )
+def test_axolotl_reads_it(base, plan, tmp_path):
+    """Its schema, and what it makes of a config for PEFT."""
+    absent = {"reason": "axolotl is not installed", "exc_type": ImportError}
+    schema = pytest.importorskip("axolotl.utils.schemas.peft", **absent)
+    loader = pytest.importorskip("axolotl.loaders.adapter", **absent)
+    mapping = pytest.importorskip("axolotl.utils.dict", **absent)
     (tmp_path / "base.yml").write_text("adapter: lora\nlora_dropout: 0.05\n")
     config = yaml.safe_load(export_axolotl(plan, tmp_path / "ranks.yml", base=tmp_path / "base.yml").read_text())
-    read = schema.LoraConfig.model_validate(dict(config)).model_dump()
+    read = schema.LoraConfig.model_validate(dict(config)).model_dump(exclude_none=True)
     assert {field: read[field] for field in config} == config
+    model = AutoModelForCausalLM.from_pretrained(base)
+    theirs = loader._build_peft_lora_config(model, mapping.DictDefault(read))
+    ours = axolotls_lora_config(config)
+    for field in (
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "exclude_modules",
+        "use_rslora",
+    ):
+        assert getattr(theirs, field) == getattr(ours, field), field
 
 
 @pytest.mark.parametrize(
