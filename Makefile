@@ -65,7 +65,7 @@ fuzz:
 # would hide an access behind the end of a tensor. What is reported in other kernels than ours does not count: some of
 # torch's read memory that nobody wrote, and throw it away.
 # Those in C++ are all in the namespace sensilora.
-KERNELS = sensilora::|lora|segments|autocorrelation|fisher|hutchinson|rademacher|metrics|_reduce_kernel
+KERNELS = sensilora::|lora|dropout|segments|autocorrelation|fisher|hutchinson|rademacher|metrics|_reduce_kernel
 SANITIZERS = memcheck racecheck initcheck
 # For logs. Parts run side by side need a folder each: make -j3 sanitize ARGS="-k fisher" LOGS=out/fisher
 LOGS ?= out

@@ -21,6 +21,7 @@ from sensilora.ops import (
     rademacher,
     use_backend,
 )
+from sensilora.ops._dropout import dropout, keep_scale, threshold
 from sensilora.ops.fisher_diag import CONVENTIONS
 from tests.tolerances import RELATIVE, relative_error
 
@@ -88,6 +89,7 @@ def matrices(sizes, ranks, outs):
         ("triton", torch.bfloat16, SMALL, 130),
         ("triton", torch.bfloat16, LARGE, 5),
         ("triton", torch.bfloat16, LARGE, 33),
+        ("triton", torch.bfloat16, LARGE, 75),
         ("native", torch.float32, SMALL, 5),
         ("native", torch.bfloat16, SMALL, 33),
         ("native", torch.bfloat16, SMALL, 130),
@@ -103,6 +105,13 @@ def test_lora_linear(backend, dtype, sizes, rank, p):
 
     call.op = "lora_linear"
     check(backend, dtype, call, [x, *lora_As, *lora_Bs], upstreams)
+
+
+def test_dropout():
+    launch_dropout = pytest.importorskip("sensilora.kernels.dropout").launch_dropout
+    x = torch.randn(*SMALL[:2])
+    got = launch_dropout(x.to(DEVICE), threshold(0.1), keep_scale(0.1), torch.tensor([3], device=DEVICE))
+    assert relative_error(got, dropout(x.double(), 0.1, 3)) <= RELATIVE[torch.float32]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

@@ -2,17 +2,20 @@
 
 A fused kernel saves the device passes over its memory, but takes the host some 40 µs to launch where a product of
 cuBLAS's takes 8. So a call of few rows or of a small layer is faster this way, by how much less the host has to do.
+Masks alone are made by kernels of our own.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from sensilora.ops import _backend
+from sensilora.ops._dropout import keep_scale, threshold
 from sensilora.ops._lora import padded_rank
 
 # FLOPs of the base products, forward and backward, for each multiprocessor, up to which launches take longer.
@@ -24,51 +27,85 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def launch_bound(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether launches would take longer than the work, and no CUDA graph is captured that spares their cost."""
-    if not x.is_cuda or x.shape[0] == 0:
+def serve(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a call on a GPU is left to `forward` and `backward`.
+
+    That is where launches take longer than the work, no CUDA graph is captured that spares their cost, and nobody
+    asked for a backend by name.
+    """
+    if not x.is_cuda or x.shape[0] == 0 or _backend.forced_backend() is not None:
         return False
     flops = 4 * x.shape[0] * sum(weight.numel() for weight in weights)
     return flops <= LAUNCH_BOUND_FLOPS * _multiprocessors(x.device) and not torch.cuda.is_current_stream_capturing()
 
 
-def forward(x, weights, biases, lora_As, lora_Bs, scalings) -> tuple[list[Tensor], Tensor]:
-    """Every x W_iᵀ + b_i + s_i (x A_iᵀ) B_iᵀ, and the h_i = x A_iᵀ side by side, padded; x (rows, in_features)."""
-    outputs, hs = [], []
-    for weight, bias, lora_A, lora_B, scaling in zip(weights, biases, lora_As, lora_Bs, scalings, strict=True):
+def forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds) -> tuple[list[Tensor], Tensor]:
+    """Every x W_iᵀ + b_i + s_i (drop_i(x) A_iᵀ) B_iᵀ, and the h_i = drop_i(x) A_iᵀ side by side, padded.
+
+    Args:
+        x: (rows, in_features), contiguous.
+        weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds: as in `sensilora.ops.lora_group`.
+    """
+    outputs, hs, dropped = [], [], _dropped(x, dropout_ps, seeds)
+    operands = zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)
+    for i, (weight, bias, lora_A, lora_B, scaling) in enumerate(operands):
         y = linear(x, weight, bias)
         if lora_A.shape[0] > 0:
-            h = torch.mm(x, _padded(lora_A.to(x.dtype), 0).T)
-            outputs.append(y.addmm_(h, _padded(lora_B.to(x.dtype), 1).T, alpha=scaling))
+            h = torch.mm(dropped(i), _padded(lora_A.to(x.dtype), 0).T)
+            y = y.addmm_(h, _padded(lora_B.to(x.dtype), 1).T, alpha=scaling)
             hs.append(h)
-        else:
-            outputs.append(y)
+        outputs.append(y)
     return outputs, hs[0] if len(hs) == 1 else torch.cat(hs, dim=1) if hs else x.new_empty(x.shape[0], 0)
 
 
 def backward(
-    grads, x, h, weights, lora_As, lora_Bs, scalings, need_grad_x: bool
+    grads, x, h, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, need_grad_x: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The gradients of x (empty unless needed), of every A and of every B; grads (rows, out_i), h as of `forward`."""
     grad_x, grad_As, grad_Bs, first = x.new_empty(0), [], [], 0
-    for i, (grad, weight, lora_A, lora_B, scaling) in enumerate(
-        zip(grads, weights, lora_As, lora_Bs, scalings, strict=True)
-    ):
-        if need_grad_x:
-            grad_x = torch.mm(grad, weight) if i == 0 else grad_x.addmm_(grad, weight)
+    if need_grad_x:
+        grad_x = torch.mm(grads[0], weights[0])
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_x.addmm_(grad, weight)
+    dropped = _dropped(x, dropout_ps, seeds)
+    for i, (grad, lora_A, lora_B, scaling) in enumerate(zip(grads, lora_As, lora_Bs, scalings, strict=True)):
         rank = lora_A.shape[0]
-        if rank == 0:
-            grad_As.append(torch.empty_like(lora_A, memory_format=torch.contiguous_format))
-            grad_Bs.append(torch.empty_like(lora_B, memory_format=torch.contiguous_format))
-            continue
         q = torch.mm(grad, _padded(lora_B.to(x.dtype), 1))
-        if need_grad_x:
-            grad_x.addmm_(q, _padded(lora_A.to(x.dtype), 0), alpha=scaling)
+        if need_grad_x and rank > 0:
+            if dropout_ps[i] == 0.0:
+                grad_x.addmm_(q, _padded(lora_A.to(x.dtype), 0), alpha=scaling)
+            else:
+                _add_masked(grad_x, q, lora_A, scaling, dropout_ps[i], _seed(seeds, i))
         columns = h[:, first : first + rank]
         first += padded_rank(rank)
-        grad_As.append(_sum(q[:, :rank], x, lora_A.dtype).mul_(scaling))
+        grad_As.append(_sum(q[:, :rank], dropped(i), lora_A.dtype).mul_(scaling))
         grad_Bs.append(_sum(grad, columns, lora_B.dtype).mul_(scaling))
     return grad_x, grad_As, grad_Bs
+
+
+def _seed(seeds: Tensor, member: int) -> Tensor:
+    return seeds if seeds.shape[0] == 1 else seeds[member : member + 1]
+
+
+def _dropped(x: Tensor, dropout_ps: Sequence[float], seeds: Tensor | None) -> Callable[[int], Tensor]:
+    """A function that gives drop_i(x); made once where members share a mask."""
+    if seeds is None:
+        return lambda member: x
+    from sensilora.kernels.dropout import launch_dropout
+
+    masks = seeds
+
+    @functools.cache
+    def of_mask(mask: int, p: float) -> Tensor:
+        return launch_dropout(x, threshold(p), keep_scale(p), masks[mask : mask + 1]) if p > 0.0 else x
+
+    return lambda member: of_mask(member if masks.shape[0] > 1 else 0, dropout_ps[member])
+
+
+def _add_masked(grad_x: Tensor, q: Tensor, lora_A: Tensor, scaling: float, p: float, seed: Tensor) -> None:
+    from sensilora.kernels.lora_linear import launch_lora_up
+
+    launch_lora_up(grad_x, q, [lora_A], scaling * keep_scale(p), threshold(p), seed)
 
 
 def _padded(adapter: Tensor, dim: int) -> Tensor:

@@ -22,7 +22,6 @@ from sensilora.ops._lora import (
     unfolded,
     unwatched,
 )
-from sensilora.ops._products import launch_bound
 from sensilora.ops.lora_linear import (
     _NATIVE_DTYPES,
     _TRITON_DTYPES,
@@ -146,20 +145,22 @@ def _masks(dropout_ps: Sequence[float]) -> tuple[list[int], list[float]]:
 
 
 def _triton(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds) -> tuple[list[Tensor], Tensor]:
-    if not any(dropout_ps) and _backend.forced_backend() is None and launch_bound(x, weights):
-        return _products.forward(x, weights, biases, lora_As, lora_Bs, scalings)
     from sensilora.kernels.lora_linear import launch_lora_group
 
     with torch.cuda.device_of(x):
+        if _products.serve(x, weights):
+            return _products.forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds)
         return launch_lora_group(x, weights, biases, lora_As, lora_Bs, scalings, *_masks(dropout_ps), seeds)
 
 
 def _triton_backward(grads, x, h, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, need_grad_x):
-    if not any(dropout_ps) and _backend.forced_backend() is None and launch_bound(x, weights):
-        return _products.backward(grads, x, h, weights, lora_As, lora_Bs, scalings, need_grad_x)
     from sensilora.kernels.lora_linear import launch_lora_group_backward
 
     with torch.cuda.device_of(x):
+        if _products.serve(x, weights):
+            return _products.backward(
+                grads, x, h, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, need_grad_x
+            )
         return launch_lora_group_backward(
             grads, x, h, weights, lora_As, lora_Bs, scalings, *_masks(dropout_ps), seeds, need_grad_x
         )

@@ -20,7 +20,6 @@ from sensilora.ops._lora import (
     unfolded,
     unwatched,
 )
-from sensilora.ops._products import launch_bound
 
 
 def lora_linear(
@@ -109,27 +108,27 @@ def _native_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, see
 
 
 def _triton(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
-    if dropout_p == 0.0 and _backend.forced_backend() is None and launch_bound(x, [weight]):
-        (y,), h = _products.forward(x, [weight], [bias], [lora_A], [lora_B], [scaling])
-        return y, h
     from sensilora.kernels.lora_linear import launch_lora_group
 
     mask = [threshold(dropout_p)], [keep_scale(dropout_p)]
     with torch.cuda.device_of(x):
+        if _products.serve(x, [weight]):
+            (y,), h = _products.forward(x, [weight], [bias], [lora_A], [lora_B], [scaling], [dropout_p], seed)
+            return y, h
         (y,), h = launch_lora_group(x, [weight], [bias], [lora_A], [lora_B], [scaling], *mask, seed)
     return y, h
 
 
 def _triton_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x):
-    if dropout_p == 0.0 and _backend.forced_backend() is None and launch_bound(x, [weight]):
-        grad_x, (grad_A,), (grad_B,) = _products.backward(
-            [grad], x, h, [weight], [lora_A], [lora_B], [scaling], need_grad_x
-        )
-        return grad_x, grad_A, grad_B
     from sensilora.kernels.lora_linear import launch_lora_group_backward
 
     mask = [threshold(dropout_p)], [keep_scale(dropout_p)]
     with torch.cuda.device_of(x):
+        if _products.serve(x, [weight]):
+            grad_x, (grad_A,), (grad_B,) = _products.backward(
+                [grad], x, h, [weight], [lora_A], [lora_B], [scaling], [dropout_p], seed, need_grad_x
+            )
+            return grad_x, grad_A, grad_B
         grad_x, (grad_A,), (grad_B,) = launch_lora_group_backward(
             [grad], x, h, [weight], [lora_A], [lora_B], [scaling], *mask, seed, need_grad_x
         )

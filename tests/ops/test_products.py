@@ -3,27 +3,32 @@
 import pytest
 import torch
 
-from sensilora.ops import _products, lora_group, lora_linear, use_backend
-from tests.ops.test_lora_group import Group, assert_close
+from sensilora.ops import _backend, _products, lora_linear, use_backend
+from tests.ops.test_lora_group import SEEDS, Group, assert_close
 from tests.tolerances import RELATIVE
 
+OP = "lora_group"
 
-def products(x, weights, biases, lora_As, lora_Bs, scalings, need_grad_x=True):
+
+def products(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps=0.0, seeds=None, need_grad_x=True):
     """`_products` under autograd, for 2-dimensional x."""
+    masks = dropout_ps if isinstance(dropout_ps, list) else [dropout_ps] * len(weights), seeds
 
     class Products(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, *adapters):
             members = len(weights)
             ctx.adapters = adapters[:members], adapters[members:]
-            outputs, h = _products.forward(x, weights, biases, *ctx.adapters, scalings)
+            outputs, h = _products.forward(x, weights, biases, *ctx.adapters, scalings, *masks)
             ctx.save_for_backward(x, h)
             return tuple(outputs)
 
         @staticmethod
         def backward(ctx, *grads):
             x, h = ctx.saved_tensors
-            grad_x, grad_As, grad_Bs = _products.backward(grads, x, h, weights, *ctx.adapters, scalings, need_grad_x)
+            grad_x, grad_As, grad_Bs = _products.backward(
+                grads, x, h, weights, *ctx.adapters, scalings, *masks, need_grad_x
+            )
             assert grad_x.numel() == (x.numel() if need_grad_x else 0)
             adapters = zip((*grad_As, *grad_Bs), (*ctx.adapters[0], *ctx.adapters[1]), strict=True)
             return grad_x if need_grad_x else None, *(grad.to(adapter.dtype) for grad, adapter in adapters)
@@ -42,6 +47,18 @@ def test_matches_oracle(device, dtype, adapter_dtype, members, poisoned_empty):
     assert_close(group.results(products), group.oracle(), tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ps", [0.25, [0.25, 0.0, 0.5, 1.0]])
+def test_masks_are_those_of_the_reference(on_backend, device, dtype, ps, poisoned_empty):
+    with on_backend("lora_group", dtype):
+        if _backend.forced_backend() != "triton":
+            pytest.skip("the masks are Triton's")
+        group = Group((70,), 72, [(40, 3), (24, 32), (48, 0), (264, 1)], dtype, device)
+        count = 4 if isinstance(ps, list) else 1
+        got = group.results(products, dropout_ps=ps, seeds=group.seeds(count))
+    assert_close(got, group.oracle(ps, SEEDS[:count]), 4 * RELATIVE[dtype])
+
+
 def test_without_a_gradient_of_x():
     group = Group((13,), 24, [(16, 3), (8, 5)])
     got = group.results(lambda *operands: products(*operands, need_grad_x=False))
@@ -52,14 +69,15 @@ def test_without_a_gradient_of_x():
 
 def test_padding_of_h_is_zero(poisoned_empty):
     group = Group((13,), 24, [(16, 3), (8, 20)])
-    _, h = _products.forward(group.x, group.weights, group.biases, group.lora_As, group.lora_Bs, group.scalings)
+    adapters = group.lora_As, group.lora_Bs, group.scalings
+    _, h = _products.forward(group.x, group.weights, group.biases, *adapters, [0.0] * 2, None)
     assert h.shape == (13, 16 + 32)
     assert not h[:, 3:16].any()
     assert not h[:, 36:].any()
 
 
 def test_a_cpu_launches_nothing():
-    assert not _products.launch_bound(torch.ones(1, 1), [torch.ones(1, 1)])
+    assert not _products.serve(torch.ones(1, 1), [torch.ones(1, 1)])
 
 
 @pytest.mark.gpu
@@ -72,9 +90,9 @@ def test_small_calls_are_products_and_large_ones_and_graphs_are_not(monkeypatch,
             _products, name, lambda *args, function=function: calls.append(function.__name__) or function(*args)
         )
     group = Group((4, 40), 72, [(40, 3), (24, 32)], torch.bfloat16, "cuda", adapter_dtype)
-    got = group.results()
+    got = group.results(dropout_ps=0.1, seeds=group.seeds())
     assert calls == ["forward", "backward"]
-    assert_close(got, group.oracle(), 4 * RELATIVE[torch.bfloat16])
+    assert_close(got, group.oracle(0.1, SEEDS[:2]), 4 * RELATIVE[torch.bfloat16])
     x, weight, bias = group.x.requires_grad_(), group.weights[0], group.biases[0]
     lora_A, lora_B = group.lora_As[0].requires_grad_(), group.lora_Bs[0].requires_grad_()
 
@@ -86,7 +104,7 @@ def test_small_calls_are_products_and_large_ones_and_graphs_are_not(monkeypatch,
     assert calls == ["forward", "backward"] * 2
     with use_backend("triton"):
         step()
-    lora_group(x, [weight] * 2, [None] * 2, [lora_A] * 2, [lora_B] * 2, [1.0] * 2, dropout_ps=0.1)
+    assert len(calls) == 4
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         step()
