@@ -168,25 +168,25 @@ def _install(model: Model, layers: dict[str, VarRankLoRALinear], saved: list[str
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
     if groups:
-        _share_inputs(model)
+        share_inputs(model, VarRankLoRALinear, SharedInput)
     # Remembered on the model because requires_grad may be changed before it is saved.
     model.__dict__["_sensilora_modules_to_save"] = tuple(saved)
     return model
 
 
-def _share_inputs(model: nn.Module) -> None:
-    """Let the adapter layers that read one input in models of the usual families compute together."""
+def share_inputs(model: nn.Module, layer_class: type[nn.Module], owner_class: type[SharedInput]) -> None:
+    """Let the layers of this class that read one input in models of the usual families compute together."""
     for parent in list(model.modules()):
         for kind, families in TIE_PRESETS.items():
             for names in families:
                 children = [parent._modules.get(name) for name in names]
-                layers = [child for child in children if isinstance(child, VarRankLoRALinear)]
+                layers: list[Any] = [child for child in children if isinstance(child, layer_class)]
                 layers = [layer for layer in layers if not is_quantised(layer.base_layer)]
                 # An encoder of another width may feed key and value.
                 width = layers[-1].in_features if layers else 0
                 layers = [layer for layer in layers if layer.in_features == width]
                 if len(layers) > 1:
-                    SharedInput(parent, layers, has_query=kind == "qkv" and layers[0] is children[0])
+                    owner_class(parent, layers, has_query=kind == "qkv" and layers[0] is children[0])
 
 
 def shared_inputs(model: nn.Module) -> list[SharedInput]:

@@ -100,10 +100,9 @@ class VarRankLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        for call in _calls_at(x):
-            y = call.output(self, x)
-            if y is not None:
-                return y
+        y = shared_output(self, x)
+        if y is not None:
+            return y
         if not self.adapts:
             return self.base_layer(x)
         return _adapted(self, x, self.lora_A, self.lora_B, self.scaling, self.dropout if self.training else 0.0)
@@ -353,14 +352,15 @@ class SharedInput:
 
     Args:
         parent: the module whose forward calls the layers.
-        layers: two or three with the same in_features.
+        layers: two or three with the same in_features. `compute` of a subclass may take others than
+            `VarRankLoRALinear`, which then have ``adapts`` and ask `shared_output` first too.
         has_query: whether the first is an attention's query, which reads another input in cross-attention.
 
     Attributes:
         together: positions of the layers that are computed together; fewer than two mean that none are.
     """
 
-    def __init__(self, parent: nn.Module, layers: Sequence[VarRankLoRALinear], *, has_query: bool) -> None:
+    def __init__(self, parent: nn.Module, layers: Sequence[Any], *, has_query: bool) -> None:
         self.layers = tuple(layers)
         self.has_query = has_query
         self.together = tuple(range(len(layers)))
@@ -373,6 +373,10 @@ class SharedInput:
         """Let every layer compute for itself again."""
         for hook in self._hooks:
             hook.remove()
+
+    def compute(self, layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
+        """The output of each of these layers for `x`, together; None where each must compute its own."""
+        return _joint(layers, x, shared_dropout_mask=False)
 
     def _open(
         self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -445,7 +449,7 @@ class _SharedCall:
         """Whether outputs were computed that nobody took."""
         return len(self._ahead) > 0
 
-    def output(self, layer: VarRankLoRALinear, x: Tensor) -> Tensor | None:
+    def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """What `layer` gives for `x`, the marked tensor, or None if it must compute that itself."""
         # By identity: a replica of the layer may be called with a marked tensor too.
         position = next((i for i in self.together if self.owner.layers[i] is layer), None)
@@ -453,7 +457,7 @@ class _SharedCall:
             return None
         if not self._ahead:
             adapted = [i for i in self.together if self.owner.layers[i].adapts]
-            outputs = _joint([self.owner.layers[i] for i in adapted], x, shared_dropout_mask=False)
+            outputs = self.owner.compute([self.owner.layers[i] for i in adapted], x)
             if outputs is None:
                 return None
             self._ahead, self._state, self.served = dict(zip(adapted, outputs, strict=True)), _state(x), ()
@@ -461,6 +465,15 @@ class _SharedCall:
             return None
         self.served = (*self.served, position)
         return self._ahead.pop(position)
+
+
+def shared_output(layer: Any, x: Tensor) -> Tensor | None:
+    """What `layer` gives for `x` where a `SharedInput` computes it, or None if the layer must do that itself."""
+    for call in _calls_at(x):
+        y = call.output(layer, x)
+        if y is not None:
+            return y
+    return None
 
 
 def _mark(x: Any, calls: tuple[_SharedCall, ...]) -> None:
