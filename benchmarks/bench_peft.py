@@ -1,10 +1,10 @@
 """A training step of a model that PEFT prepared, its layers fused, against the same step of PEFT's own layers.
 
 The model, batch and step are bench_model's: Llama-3.1-8B's shape, rank 8 on all seven projections, fp32 adapters over
-bf16 weights (PEFT's default). The peers are the frozen model and PEFT's AdaLoRA, of rank 12 that falls to 8, with the
-orthogonality term that it adds to the loss: by itself, as trainers run it that know nothing of it, and with its
-allocation of ranks, which is to be called after every step. Every arm's peak memory includes the adapters and
-gradients of all arms, about 1 GiB.
+bf16 weights (PEFT's default). The peers are the frozen model, the fused layers in groups, and PEFT's AdaLoRA, of rank
+12 that falls to 8, with the orthogonality term that it adds to the loss: by itself, as trainers run it that know
+nothing of it, and with its allocation of ranks, which is to be called after every step. Every arm's peak memory
+includes the adapters and gradients of all arms, about 1 GiB.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def cases(device: str) -> Cases:
     return {f"model/llama8b_4x2048/peft_fuse/p{p:g}": partial(_case, device, *shape, p) for p in (0.0, 0.05)}
 
 
-def _fused(model: nn.Module, p: float) -> nn.Module:
+def _fused(model: nn.Module, p: float, *, groups: bool = False) -> nn.Module:
     from sensilora.integrations.peft import fuse
 
-    return fuse(_stock(model, p))
+    return fuse(_stock(model, p), groups=groups)
 
 
 def _stock(model: nn.Module, p: float) -> nn.Module:
@@ -78,6 +78,7 @@ def _case(device: str, shape: dict[str, Any], batch: int, length: int, p: float)
         tolerance=5e-2,
         peers={
             "frozen model": step(model),
+            "fuse, in groups": step(_fused(model, p, groups=True)),
             "PEFT AdaLoRA": step(adalora),
             "PEFT AdaLoRA and its allocation": step_and_allocation,
         },

@@ -23,8 +23,10 @@ except ModuleNotFoundError as error:
 
 from transformers.pytorch_utils import Conv1D
 
+from sensilora.adapters import share_inputs, shared_inputs
 from sensilora.errors import AdapterError, PlanError
-from sensilora.ops import lora_linear, lora_segments, lora_update
+from sensilora.nn import SharedInput, shared_output
+from sensilora.ops import lora_group, lora_linear, lora_segments, lora_update
 from sensilora.ops._backend import FLOATS
 from sensilora.ops._lora import autocast_dtype
 from sensilora.plan import RankPlan
@@ -125,14 +127,17 @@ def _fused_layer(registered: LoraConfig, target: nn.Module, adapter_name: str, *
     return layer
 
 
-def fuse(model: Model) -> Model:
+def fuse(model: Model, *, groups: bool = False) -> Model:
     """Make the LoRA layers of a model that PEFT prepared `FusedLinear`, or over quantised bases `FusedQuantised`.
 
-    Parameters, their names, hooks and an optimiser's state stay as they are: only the layers' class changes. Layers
-    over bases that the kernels cannot serve stay PEFT's, and one warning says which.
+    Parameters, their names and an optimiser's state stay as they are: only the layers' class changes. Layers over
+    bases that the kernels cannot serve stay PEFT's, and one warning says which.
 
     Args:
-        model: a ``PeftModel``, or any model with PEFT's LoRA layers. May be fused already.
+        model: a ``PeftModel``, or any model with PEFT's LoRA layers. May be fused already, with or without groups.
+        groups: compute `FusedLinear` layers that read one input together (query, key, value; gate, up; told by their
+            usual names), whatever their ranks, by `sensilora.ops.lora_group`, as `sensilora.inject` does. It takes
+            two hooks on the module that holds them.
 
     Returns:
         `model`.
@@ -158,16 +163,44 @@ def fuse(model: Model) -> Model:
         warnings.warn(
             f"fuse left {sum(left.values())} of {len(layers)} LoRA layers to PEFT ({reasons})", stacklevel=2
         )
+    _remove_groups(model)
+    if groups:
+        share_inputs(model, FusedLinear, _SharedInput)
     return model
 
 
 def unfuse(model: Model) -> Model:
     """Make all fused layers PEFT's own again, in place. Returns `model`."""
+    _remove_groups(model)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, _Fused)]
     for layer in layers:
         # The class behind this module's own.
         layer.__class__ = type(layer).__bases__[1]
     return model
+
+
+def _remove_groups(model: nn.Module) -> None:
+    for owner in shared_inputs(model):
+        if isinstance(owner, _SharedInput):
+            owner.remove()
+
+
+class _SharedInput(SharedInput):
+    """`FusedLinear` layers of one module that read one input."""
+
+    def _open(self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # PEFT's unload puts the base layers into the parent, and knows of no hooks there.
+        if not all(any(layer is child for child in parent._modules.values()) for layer in self.layers):
+            self.remove()
+            return None
+        return super()._open(parent, args, kwargs)
+
+    def compute(self, layers: Sequence[FusedLinear], x: Tensor) -> tuple[Tensor, ...] | None:
+        if len(layers) < 2 or any(_is_wrapped(layer) or not layer._is_usual(x, (), {}) for layer in layers):
+            return None
+        operands = zip(*(layer._operands(layer._adapters()) for layer in layers), strict=True)
+        weights, biases, lora_As, lora_Bs, scalings, ps = operands
+        return lora_group(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps=ps)
 
 
 @functools.cache
@@ -248,9 +281,10 @@ class FusedLinear(_Fused, Linear):
     """PEFT's LoRA layer over a plain ``nn.Linear`` or ``Conv1D``, its forward pass by `sensilora.ops`.
 
     Everything but ``forward`` is PEFT's: parameters, state dict, merging, switching and deleting adapters. One active
-    adapter is computed by `sensilora.ops.lora_linear`, several without dropout by one call with their factors side by
-    side, batches with ``adapter_names`` by `sensilora.ops.lora_segments`. What these cannot compute PEFT's own
-    forward does, and each reason is warned of once.
+    adapter is computed by `sensilora.ops.lora_linear` (in groups by `sensilora.ops.lora_group`), several without
+    dropout by one call with their factors side by side, batches with ``adapter_names`` by
+    `sensilora.ops.lora_segments`. What these cannot compute PEFT's own forward does, and each reason is warned of
+    once.
 
     lora_A and lora_B are taken in the base's dtype (under autocast, in autocast's) with sums in fp32, whereas PEFT
     casts the input to theirs. The layer is differentiable once; `unfuse` it for second derivatives.
@@ -258,22 +292,42 @@ class FusedLinear(_Fused, Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) to (..., out_features); arguments as of ``peft.tuners.lora.Linear.forward``."""
+        if not args and not kwargs:
+            y = shared_output(self, x)
+            if y is not None:
+                return y
         names = kwargs.get("adapter_names")
-        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        adapters = self._adapters()
         if names is not None:
             adapters = [name for name in dict.fromkeys(names) if name in self.lora_A]
         if self.disable_adapters or self.merged or not adapters:
             return super().forward(x, *args, **kwargs)
-        reason = _why_not_base(self.base_layer) or self._why_not(adapters)
-        reason = reason or self._why_not_together(adapters, mixed=names is not None)
+        reason = self._reason(adapters, mixed=names is not None)
         if reason is not None and not torch.compiler.is_compiling():
             _warn_of(reason)
         if reason is not None or not self._is_usual(x, args, kwargs):
             return super().forward(x, *args, **kwargs)
         if names is None:
-            return self._active(x, adapters)
+            weight, bias, lora_A, lora_B, scaling, p = self._operands(adapters)
+            return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p=p)
         self._check_forward_args(x, adapter_names=names)
         return self._mixed(x, adapters, names)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether forward, without ``adapter_names``, adds an update to the base layer's output by the ops."""
+        adapters = self._adapters()
+        if self.disable_adapters or self.merged or not adapters:
+            return False
+        return self._reason(adapters, mixed=False) is None
+
+    def _adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def _reason(self, adapters: Sequence[str], *, mixed: bool) -> str | None:
+        """Why the ops cannot compute these adapters here, as a clause; None if they can."""
+        reason = _why_not_base(self.base_layer) or self._why_not(adapters)
+        return reason or self._why_not_together(adapters, mixed=mixed)
 
     def _is_usual(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether PEFT would take this call, over a plain base; else its own errors are the clearest."""
@@ -302,7 +356,8 @@ class FusedLinear(_Fused, Linear):
         base: Any = self.base_layer
         return base.weight.t() if isinstance(base, Conv1D) else base.weight, base.bias
 
-    def _active(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+    def _operands(self, adapters: Sequence[str]) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float, float]:
+        """Weight, bias, lora_A, lora_B, scale and dropout of the active adapters as one."""
         weight, bias = self._base()
         for name in adapters:
             if self.lora_B[name].bias is not None:
@@ -311,10 +366,9 @@ class FusedLinear(_Fused, Linear):
         lora_As: list[Any] = [self.lora_A[name].weight for name in adapters]
         lora_Bs, scalings = self._scaled(adapters)
         if len(adapters) == 1:
-            p = self._dropout_p(adapters[0])
-            return lora_linear(x, weight, bias, lora_As[0], lora_Bs[0], scalings[0], dropout_p=p)
+            return weight, bias, lora_As[0], lora_Bs[0], scalings[0], self._dropout_p(adapters[0])
         lora_B = torch.cat([lora_B * scaling for lora_B, scaling in zip(lora_Bs, scalings, strict=True)], dim=1)
-        return lora_linear(x, weight, bias, torch.cat(lora_As), lora_B, 1.0)
+        return weight, bias, torch.cat(lora_As), lora_B, 1.0, 0.0
 
     def _mixed(self, x: Tensor, adapters: Sequence[str], names: Sequence[str]) -> Tensor:
         lora_As: list[Any] = [self.lora_A[name].weight for name in adapters]

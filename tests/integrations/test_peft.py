@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 import sensilora.integrations.peft as integration
 from sensilora import RankPlan
+from sensilora.adapters import shared_inputs
 from sensilora.errors import AdapterError
 from sensilora.integrations.peft import FusedLinear, fuse, unfuse, use_fused
 from sensilora.ops._dropout import keep_scale, threshold
@@ -122,7 +123,7 @@ def _warnings_anew():
 @pytest.fixture
 def counted(monkeypatch):
     """How many times each op was called."""
-    counts = {"lora_linear": 0, "lora_segments": 0}
+    counts = {"lora_linear": 0, "lora_group": 0, "lora_segments": 0}
 
     def counting(name, function):
         def call(*args, **kwargs):
@@ -713,6 +714,157 @@ class TestAdapters:
         fused = fuse(copy.deepcopy(stock))
         assert_same(step(fused), step(stock))
         assert counted["lora_linear"] == 6
+
+
+ALL = {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "rank_pattern": {"q_proj": 3, "v_proj": 9, "up_proj": 7},
+}
+
+
+class TestGroups:
+    """q, k, v and gate, up of each of the two layers by one op each; o and down, four in all, by themselves."""
+
+    def pair(self, **fields):
+        """PEFT's model and a copy of it, fused with groups."""
+        stock = stock_model(**{**ALL, **fields})
+        return stock, fuse(copy.deepcopy(stock), groups=True)
+
+    @pytest.mark.parametrize("feature", [name for name in FEATURES if name != "patterns"])
+    @pytest.mark.filterwarnings("ignore:.*has no bias:Warning")
+    def test_outputs_and_gradients_are_pefts(self, feature, counted):
+        stock, fused = self.pair(**FEATURES[feature])
+        assert_same(step(fused), step(stock))
+        assert counted == {"lora_linear": 4, "lora_group": 4, "lora_segments": 0}
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_as_the_layers_one_by_one(self, device, dtype):
+        _, fused = self.pair()
+        fused.to(device)
+        for name, parameter in fused.named_parameters():
+            if "lora_" not in name:
+                parameter.data = parameter.data.to(dtype)
+        alone = fuse(copy.deepcopy(fused))
+        assert not shared_inputs(alone)
+        assert_same(step(fused), step(alone), 5e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps)
+
+    def test_two_of_three(self, counted):
+        """PEFT's usual targets leave the key out."""
+        stock, fused = self.pair(target_modules=["q_proj", "v_proj", "up_proj"])
+        assert_same(step(fused), step(stock))
+        assert counted == {"lora_linear": 2, "lora_group": 2, "lora_segments": 0}
+
+    def test_dropout(self, monkeypatch):
+        _, fused = self.pair(lora_dropout=0.25)
+        ps, group = [], integration.lora_group
+        monkeypatch.setattr(
+            integration,
+            "lora_group",
+            lambda *a, dropout_ps: ps.append(dropout_ps) or group(*a, dropout_ps=dropout_ps),
+        )
+        step(fused.train())
+        assert [set(p) for p in ps] == [{0.25}] * 4
+        ps.clear()
+        step(fused.eval())
+        assert [set(p) for p in ps] == [{0.0}] * 4
+
+    def test_adapters(self, counted):
+        stock = stock_model(**ALL)
+        stock.add_adapter("b", config(r=2, lora_alpha=1, target_modules=["q_proj", "k_proj", "gate_proj", "up_proj"]))
+        randomised(stock)
+        fused = fuse(copy.deepcopy(stock), groups=True)
+        for names, groups in ((["b"], 4), (["default", "b"], 4), (["default"], 4)):
+            for model in (stock, fused):
+                model.base_model.set_adapter(names)
+            counted["lora_group"] = 0
+            assert_same(step(fused), step(stock))
+            assert counted["lora_group"] == groups
+        counted["lora_group"] = 0
+        names = ["default", "b", "__base__"]
+        torch.testing.assert_close(
+            logits(fused.eval(), adapter_names=names), logits(stock.eval(), adapter_names=names), atol=1e-4, rtol=1e-4
+        )
+        with fused.disable_adapter(), stock.disable_adapter():
+            assert torch.equal(logits(fused), logits(stock))
+        for model in (stock, fused):
+            model.merge_adapter()
+        torch.testing.assert_close(logits(fused), logits(stock))
+        assert counted["lora_group"] == 0
+
+    def test_what_peft_must_compute_is_left_to_it(self, counted):
+        """DoRA of the queries; the keys and values are still together."""
+        stock, fused = self.pair()
+        for model in (stock, fused):
+            dora = config(use_dora=True, target_modules=["q_proj"])
+            model.add_adapter("dora", dora)
+            model.base_model.set_adapter(["default", "dora"])
+        randomised(stock)
+        fused.load_state_dict(stock.state_dict())
+        with one_warning("a variant of LoRA"):
+            got = step(fused)
+        assert counted == {"lora_linear": 4, "lora_group": 4, "lora_segments": 0}
+        assert_same(got, step(stock))
+
+    def test_undone(self):
+        stock, fused = self.pair()
+        assert len(shared_inputs(fused)) == 4
+        assert len(shared_inputs(fuse(fused, groups=True))) == 4
+        assert not shared_inputs(fuse(copy.deepcopy(fused)))
+        assert unfuse(fused) is fused
+        assert [vars(module).keys() for module in fused.modules()] == [vars(m).keys() for m in stock.modules()]
+        assert not shared_inputs(fused)
+        assert torch.equal(logits(fused), logits(stock))
+
+    def test_unloaded(self):
+        stock, fused = self.pair()
+        merged = fused.merge_and_unload()
+        torch.testing.assert_close(logits(merged), logits(stock), atol=1e-5, rtol=1e-4)
+        assert not shared_inputs(merged)
+
+    def test_copies_and_pickles(self, counted):
+        _, fused = self.pair()
+        expected = logits(fused)
+        for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+            counted["lora_group"] = 0
+            assert torch.equal(logits(twin), expected)
+            assert counted["lora_group"] == 4
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing(self, reentrant):
+        _, fused = self.pair(lora_dropout=0.2)
+        fused.train()
+        torch.manual_seed(5)
+        expected = step(fused)
+        fused.enable_input_require_grads()
+        fused.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(5)
+        assert_same(step(fused), expected, 1e-6)
+
+    def test_autocast(self, device):
+        _, fused = self.pair()
+        fused.to(device)
+        with torch.autocast(device, torch.bfloat16):
+            assert_same(step(fused), step(fuse(copy.deepcopy(fused))), 3e-2)
+
+    def test_compile(self):
+        _, fused = self.pair()
+        del fused.get_base_model().model.layers[1]
+        expected = step(fused)
+        torch._dynamo.reset()
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        got = {name.removeprefix("_orig_mod."): value for name, value in step(compiled).items()}
+        assert_same(got, expected)
+
+    def test_drift_is_measured(self, counted):
+        """Whoever watches the base layers calls them, and groups compute nothing in vain."""
+        from sensilora.integrations.transformers import _calling_base_layers
+
+        stock, fused = self.pair()
+        with _calling_base_layers(fused):
+            torch.testing.assert_close(logits(fused), logits(stock))
+        assert counted["lora_group"] == 0
+        logits(fused)
+        assert counted["lora_group"] == 4
 
 
 class TestFiles:
