@@ -83,7 +83,7 @@ class Glue:
 
 PAIR = ("sentence1", "sentence2")
 TASKS = {
-    "cola": Glue("CoLA", ("sentence",), 4, ("matthews",)),
+    "cola": Glue("CoLA", ("sentence",), 6, ("matthews",)),
     "stsb": Glue("STS-B", PAIR, 3, ("pearson", "spearman"), regression=True),
     "mrpc": Glue("MRPC", PAIR, 4, ("f1", "accuracy")),
     "rte": Glue("RTE", PAIR, 5, ("accuracy",)),
