@@ -1,7 +1,5 @@
 """PEFT's AdaLoRA and EVA as comparisons run them: budgets, scales, and what PEFT itself would do."""
 
-import math
-
 import pytest
 import torch
 
@@ -150,4 +148,3 @@ def test_eva_says_where_the_budget_is_too_small(model, plan, batches):
     small = RankPlan.uniform(shapes, 1).with_ranks({next(iter(shapes)): 0})
     with pytest.raises(PlanError, match="EVA's ranks cost more"):
         eva(model, batches, small)
-    assert math.isfinite(float(next(model.parameters()).sum()))
