@@ -62,7 +62,7 @@ ESTIMATORS = ("activation", "fisher", "hutchinson")
 ARMS = (UNIFORM, *ESTIMATORS, *(f"{PERMUTED}-{estimator}" for estimator in ESTIMATORS))
 MAX_LENGTH, BATCH = 128, 32
 # Uniform LoRA of this rank and these seeds chooses the learning rate, on this share of the training rows.
-RATES, RATE_RANK, RATE_SEEDS, RATE_SHARE = (1e-3, 3e-3), 4, (1000, 1001, 1002), 0.1
+RATES, RATE_RANK, RATE_SEEDS, RATE_SHARE = (5e-4, 1.5e-3), 4, (1000, 1001, 1002), 0.1
 HEAD_STEPS = 24
 # Hutchinson's products with the Hessian take their rows in one batch, for each matrix and probe.
 HUTCHINSON_ROWS, PROBES = 32, 16
