@@ -1024,8 +1024,9 @@ def launch_lora_group_backward(
     elif need_grad_x:
         # After the passes over dY and before those over x, which then find the last rows of grad_x in L2.
         grad_x = _base_grad_x(grads, weights)
-    # One pass over x also updates grad_x, with the mask that it makes for A's gradient anyway.
-    in_one_pass = need_grad_x and not fused
+    # One pass over x also updates grad_x, with the mask that it makes for A's gradient anyway; not from another stream
+    # than that grad_x is computed on.
+    in_one_pass = need_grad_x and not fused and side is None
     with _on(side):
         for members, threshold, keep_scale, seed in masks:
             columns = q[:, _columns(ranks, members)]
@@ -1040,7 +1041,7 @@ def launch_lora_group_backward(
     if need_grad_x and not fused:
         for members, threshold, keep_scale, seed in masks:
             columns = q[:, _columns(ranks, members)]
-            if columns.shape[1] > MAX_BLOCK_RANK:
+            if not in_one_pass or columns.shape[1] > MAX_BLOCK_RANK:
                 launch_lora_up(grad_x, columns, [lora_As[i] for i in members], keep_scale, threshold, seed)
     if fused:
         for i in adapted:

@@ -19,7 +19,7 @@ from sensilora.ops._dropout import keep_scale, threshold
 from sensilora.ops._lora import padded_rank
 
 # FLOPs of the base products, forward and backward, for each multiprocessor, up to which launches take longer.
-LAUNCH_BOUND_FLOPS = 2**30
+LAUNCH_BOUND_FLOPS = 2**29
 
 
 @functools.lru_cache

@@ -339,7 +339,7 @@ def test_hoppers_squares_match_oracle(hoppers, device, rows, poisoned_empty):
     x, g = (tensor.half() for tensor in rows_like("normal", rows, 136, 144))
     out = torch.ones(144, 136, device=device)
     fisher_diag(x.to(device), g.to(device), mode="per_position", out=out)
-    assert relative_error(out - 1, oracle(x, g, "per_position", [rows])) <= 1e-6
+    assert relative_error(out - 1, oracle(x, g, "per_position", [rows])) <= 3e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
