@@ -220,6 +220,19 @@ def _peak_gib(function: Callable[[], Any]) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
+def _fits(peer: Callable[[], Any]) -> bool:
+    """Whether another's way runs in the memory there is; that ours and the baseline do is the case's business."""
+    try:
+        peer()
+    except torch.OutOfMemoryError:
+        fits = False
+    else:
+        fits = True
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return fits
+
+
 def run(case: Case, device: str, ceilings: Ceilings | None) -> dict[str, Any]:
     """One row of the results file, without its id; without times where the error is above the tolerance."""
     errors = case.errors()
@@ -228,16 +241,18 @@ def run(case: Case, device: str, ceilings: Ceilings | None) -> dict[str, Any]:
         return {**row, "wrong": True}
     if case.eager_errors is not None:
         row["error_vs_eager"] = max(ours / eager for ours, eager in zip(errors, case.eager_errors(), strict=True))
-    functions = [case.ours, case.baseline, *case.peers.values()]
-    ours, baseline, *peers = median_ms(functions, device, wall=case.wall)
+    run_peers = {name: peer for name, peer in case.peers.items() if _fits(peer)}
+    ours, baseline, *peers = median_ms([case.ours, case.baseline, *run_peers.values()], device, wall=case.wall)
     row.update(ours_ms=ours, baseline_ms=baseline, ratio=ours / baseline)
-    row["peers"] = {name: peer / baseline for name, peer in zip(case.peers, peers, strict=True)}
+    row["peers"] = {name: peer / baseline for name, peer in zip(run_peers, peers, strict=True)}
+    if len(run_peers) < len(case.peers):
+        row["out_of_memory"] = [name for name in case.peers if name not in run_peers]
     if ceilings is not None:
         row["floor_ms"] = ceilings.floor_ms(case)
     if case.bandwidth:
         row["tbps"] = case.floor_bytes / ours / 1e9
     if case.peak_memory and device == "cuda":
-        functions = {"ours": case.ours, "baseline": case.baseline, **case.peers}
+        functions = {"ours": case.ours, "baseline": case.baseline, **run_peers}
         row["peak_gib"] = {name: _peak_gib(function) for name, function in functions.items()}
     return row
 

@@ -51,6 +51,8 @@ def _ratio_table(rows: list[Row]) -> list[str]:
         )
         lines.append(f"| {' | '.join(cells)} |")
     for row in rows:
+        if "out_of_memory" in row:
+            lines += ["", f"Out of memory in `{row['id']}`: {', '.join(row['out_of_memory'])}."]
         if "tbps" in row:
             lines += ["", f"Bandwidth of `{row['id']}`: {row['tbps']:.3g} TB/s."]
         if "peak_gib" in row:

@@ -117,6 +117,8 @@ def line(name: str, row: dict[str, Any]) -> str:
         f"{name:48} {row['ours_ms']:9.4f} {row['baseline_ms']:9.4f} {row['ratio']:6.3f} "
         f"{format(row['floor_ms'], '8.4f') if 'floor_ms' in row else '':8} {row['error']:8.1e}  {peers}"
     )
+    if "out_of_memory" in row:
+        text += f"\n    out of memory: {', '.join(row['out_of_memory'])}"
     if "tbps" in row:
         text += f"\n    {row['tbps']:.3g} TB/s"
     if "peak_gib" in row:

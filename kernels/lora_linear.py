@@ -1024,9 +1024,9 @@ def launch_lora_group_backward(
     elif need_grad_x:
         # After the passes over dY and before those over x, which then find the last rows of grad_x in L2.
         grad_x = _base_grad_x(grads, weights)
-    # One pass over x also updates grad_x, with the mask that it makes for A's gradient anyway; but not from another
-    # stream than that which computes grad_x.
-    in_one_pass = need_grad_x and not fused and side is None
+    # One pass over x also updates grad_x, with the mask that it makes for A's gradient anyway; but not where a graph
+    # has it on another stream than that which computes grad_x.
+    in_one_pass = need_grad_x and not fused and rows > FORK_MAX_ROWS
     with _on(side):
         for members, threshold, keep_scale, seed in masks:
             columns = q[:, _columns(ranks, members)]

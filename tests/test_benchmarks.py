@@ -59,6 +59,18 @@ def test_the_bandwidth_is_recorded_where_it_is_the_point(dtype):
     assert f"Bandwidth of `a`: {row['tbps']:.3g} TB/s." in report.table([{"id": "a", **row}])
 
 
+def test_a_peer_without_memory_is_named():
+    def peer():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    nothing = lambda: None  # noqa: E731
+    case = harness.Case(nothing, nothing, lambda: [0.0], 0.0, peers={"theirs": peer, "others": nothing})
+    row = harness.run(case, "cpu", None)
+    assert list(row["peers"]) == ["others"]
+    assert row["out_of_memory"] == ["theirs"]
+    assert "Out of memory in `a`: theirs." in report.table([{"id": "a", **row}])
+
+
 def test_rows_cover_what_is_promised():
     names = run.all_cases("cuda")
     assert set(HEADLINES) <= set(names)
