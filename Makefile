@@ -36,7 +36,7 @@ demo:
 
 test:
 	$(PREPARE) --extras test --model want
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu:
 	$(PREPARE) --extras test
