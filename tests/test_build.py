@@ -211,7 +211,7 @@ def cuda_toolkit() -> Path | None:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "csrc").glob("*.cu")))
 def test_cuda_sources_compile_without_spilling_registers(tmp_path, name):
-    """Against the headers of the torch that is installed, for the oldest GPU that is served, with the flags torch adds."""
+    """Against the headers of the torch that is installed, for the oldest GPU served, with the flags torch adds."""
     toolkit = cuda_toolkit()
     if toolkit is None:
         pytest.skip("no CUDA toolkit with nvcc and headers")
