@@ -121,6 +121,11 @@ def draw_seeds(count: int, device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
+def seed_of(seeds: Tensor | None, member: int) -> Tensor | None:
+    """The seed (1,) of a group's member among seeds (members,), or (1,) where all share a mask."""
+    return seeds if seeds is None or seeds.shape[0] == 1 else seeds[member : member + 1]
+
+
 def rows(x: Tensor) -> Tensor:
     """Every leading dimension folded into one; reshape(-1, ...) would not do for a last size of 0."""
     return x.reshape(row_count(x), x.shape[-1])

@@ -16,15 +16,10 @@ from torch.nn.functional import linear, pad
 
 from sensilora.ops import _backend
 from sensilora.ops._dropout import keep_scale, threshold
-from sensilora.ops._lora import padded_rank
+from sensilora.ops._lora import padded_rank, seed_of
 
 # FLOPs of the base products, forward and backward, for each multiprocessor, up to which launches take longer.
 LAUNCH_BOUND_FLOPS = 2**29
-
-
-@functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def serve(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -35,8 +30,10 @@ def serve(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """
     if not x.is_cuda or x.shape[0] == 0 or _backend.forced_backend() is not None:
         return False
+    from sensilora.kernels._common import multiprocessors
+
     flops = 4 * x.shape[0] * sum(weight.numel() for weight in weights)
-    return flops <= LAUNCH_BOUND_FLOPS * _multiprocessors(x.device) and not torch.cuda.is_current_stream_capturing()
+    return flops <= LAUNCH_BOUND_FLOPS * multiprocessors(x.device) and not torch.cuda.is_current_stream_capturing()
 
 
 def forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds) -> tuple[list[Tensor], Tensor]:
@@ -75,16 +72,13 @@ def backward(
             if dropout_ps[i] == 0.0:
                 grad_x.addmm_(q, _padded(lora_A.to(x.dtype), 0), alpha=scaling)
             else:
-                _add_masked(grad_x, q, lora_A, scaling, dropout_ps[i], _seed(seeds, i))
+                _add_masked(grad_x, q, lora_A, scaling, dropout_ps[i], seed_of(seeds, i))
         columns = h[:, first : first + rank]
         first += padded_rank(rank)
-        grad_As.append(_sum(q[:, :rank], dropped(i), lora_A.dtype).mul_(scaling))
+        masked = dropped(i) if rank > 0 else x
+        grad_As.append(_sum(q[:, :rank], masked, lora_A.dtype).mul_(scaling))
         grad_Bs.append(_sum(grad, columns, lora_B.dtype).mul_(scaling))
     return grad_x, grad_As, grad_Bs
-
-
-def _seed(seeds: Tensor, member: int) -> Tensor:
-    return seeds if seeds.shape[0] == 1 else seeds[member : member + 1]
 
 
 def _dropped(x: Tensor, dropout_ps: Sequence[float], seeds: Tensor | None) -> Callable[[int], Tensor]:
@@ -102,7 +96,7 @@ def _dropped(x: Tensor, dropout_ps: Sequence[float], seeds: Tensor | None) -> Ca
     return lambda member: of_mask(member if masks.shape[0] > 1 else 0, dropout_ps[member])
 
 
-def _add_masked(grad_x: Tensor, q: Tensor, lora_A: Tensor, scaling: float, p: float, seed: Tensor) -> None:
+def _add_masked(grad_x: Tensor, q: Tensor, lora_A: Tensor, scaling: float, p: float, seed: Tensor | None) -> None:
     from sensilora.kernels.lora_linear import launch_lora_up
 
     launch_lora_up(grad_x, q, [lora_A], scaling * keep_scale(p), threshold(p), seed)

@@ -19,6 +19,7 @@ from sensilora.ops._lora import (
     draw_seeds,
     row_count,
     rows,
+    seed_of,
     unfolded,
     unwatched,
 )
@@ -104,16 +105,12 @@ def lora_group(
     return tuple(outputs)
 
 
-def _seed_of(seeds: Tensor | None, member: int) -> Tensor | None:
-    return seeds if seeds is None or seeds.shape[0] == 1 else seeds[member : member + 1]
-
-
 def _by_member(member: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
     """The group's forward pass from lora_linear's."""
 
     def forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds):
-        seed_of = [_seed_of(seeds, i) for i in range(len(weights))]
-        operands = zip(weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seed_of, strict=True)
+        own_seeds = [seed_of(seeds, i) for i in range(len(weights))]
+        operands = zip(weights, biases, lora_As, lora_Bs, scalings, dropout_ps, own_seeds, strict=True)
         outputs, hs = zip(*(member(x, *own) for own in operands), strict=True)
         return list(outputs), torch.cat(hs, dim=1)
 
@@ -128,7 +125,7 @@ def _backward_by_member(member: Callable[..., tuple[Tensor, Tensor, Tensor]]) ->
         gradients = [
             member(
                 grad, x, h[:, columns[i]], weights[i], lora_As[i], lora_Bs[i], scalings[i], dropout_ps[i],
-                _seed_of(seeds, i), need_grad_x,
+                seed_of(seeds, i), need_grad_x,
             )
             for i, grad in enumerate(grads)
         ]  # fmt: skip
