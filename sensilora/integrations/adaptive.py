@@ -59,7 +59,7 @@ class AdaLoRA:
         config = AdaLoraConfig(
             init_r=initial,
             target_r=max(1, round(average)),
-            lora_alpha=_constant_scale(plan) * initial,  # type: ignore[arg-type] # PEFT divides by any number
+            lora_alpha=cast(int, _constant_scale(plan) * initial),  # any number: PEFT divides it by the rank
             lora_dropout=dropout,
             target_modules="|".join(map(re.escape, plan.matrices)),
             total_step=steps,
