@@ -72,7 +72,9 @@ std::vector<Adapter> adapters_in_use(const SegmentsShape& shape, const std::vect
 }
 
 // What segments_shape says, and bias (out,) in x's dtype. Gives y (T, out) and h (T, SegmentsShape::h_columns), of
-// which a row holds drop(x) A^T in as many columns as its adapter's rank.
+// which a row holds drop(x) A^T in as many columns as its adapter's rank, and zeros behind: on CPUs with AMX oneDNN's
+// bf16 product reads its left operand up to a multiple of 32 columns, and a NaN there would come out in spite of the
+// zeros it is multiplied by.
 std::tuple<Tensor, Tensor> lora_segments(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                                          const Tensor& lora_A, const Tensor& lora_B, std::vector<int64_t> ranks,
                                          std::vector<double> scalings, std::vector<double> dropout_ps,
@@ -83,7 +85,7 @@ std::tuple<Tensor, Tensor> lora_segments(const Tensor& x, const Tensor& weight, 
   const std::vector<Adapter> in_use = adapters_in_use(shape, ranks, scalings, dropout_ps, offsets, adapters);
   const int64_t key = seed_value(seed, dropout_ps, x);
   Tensor y = torch::stable::new_empty(x, {shape.tokens, shape.out});
-  Tensor h = torch::stable::new_empty(x, {shape.tokens, shape.h_columns()});
+  Tensor h = torch::stable::new_zeros(x, {shape.tokens, shape.h_columns()});
   if (bias.has_value()) {
     check_segments_bias(*bias, shape);
     addmm_into(y, *bias, x, transposed(weight), 1.0, 1.0);

@@ -20,6 +20,7 @@ from sensilora.integrations import transformers as hf
 from sensilora.integrations.peft import FusedLinear, fuse
 from sensilora.plan import Calibration, RankPlan
 from tests import tiny_models
+from tests.integrations.peft_versions import transformers_takes_peft
 
 LEARNING_RATE = 0.05  # so high that the order of the matrices moves in two epochs
 
@@ -123,7 +124,14 @@ def merged(model):
     return unload(merge(model)) if any("lora_A" in name for name, _ in model.named_parameters()) else model
 
 
-KINDS = ["inject", "inject without groups", "peft", "fused", "add_adapter", "full"]
+KINDS = [
+    "inject",
+    "inject without groups",
+    "peft",
+    "fused",
+    pytest.param("add_adapter", marks=transformers_takes_peft),
+    "full",
+]
 
 
 @pytest.mark.parametrize("estimator", ["activation", "fisher"])

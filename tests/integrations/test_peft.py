@@ -12,7 +12,6 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.tuners.lora import Linear
@@ -29,10 +28,8 @@ from sensilora.errors import AdapterError
 from sensilora.integrations.peft import FusedLinear, fuse, unfuse, use_fused
 from sensilora.ops._dropout import keep_scale, threshold
 from sensilora.targets import find_targets, matrix_shape
+from tests.integrations.peft_versions import since_020, transformers_takes_peft
 from tests.tolerances import relative_error
-
-# Before, transformers refuses PEFT, and PEFT's own layers recompile after a hotswap.
-since_020 = pytest.mark.skipif(Version(peft.__version__) < Version("0.20"), reason="needs PEFT 0.20")
 
 VOCABULARY = 24
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
@@ -292,7 +289,7 @@ class TestUseFused:
         ranks = {name: m.r["default"] for name, m in model.base_model.model.named_modules() if type(m) is FusedLinear}
         assert ranks == {name: rank for name, rank in plan.ranks.items() if rank}
 
-    @since_020
+    @transformers_takes_peft
     def test_transformers_own_adapters(self):
         model = llama()
         model.add_adapter(use_fused(config()))
