@@ -436,7 +436,7 @@ def allocate(
         NonFiniteError: a metric of the report is NaN, infinite or negative.
 
     Warns:
-        UserWarning: the report holds experts, which get no rank.
+        UserWarning: the report holds experts, which get no rank; or one matrix gets more than all others together.
     """
     budgets = {"average_rank": average_rank, "total_rank": total_rank, "total_parameters": total_parameters}
     given = {kind: value for kind, value in budgets.items() if value is not None}
@@ -491,6 +491,7 @@ def allocate(
     fused = fuse_scores(*metrics, weights=settings.weights)
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
     ranks = assign_ranks(shapes, fused.by_name(settings.scores), settings, kind, value)
+    _warn_of_one_matrix(ranks)
     entries = {
         name: PlanEntry(
             rank=ranks[name],
@@ -514,6 +515,19 @@ def allocate(
         scaling=rule,
         matrices=entries,
     )
+
+
+def _warn_of_one_matrix(ranks: Mapping[str, int]) -> None:
+    """The gradient of a BERT classifier's pooler, say, can outweigh that of all other matrices together."""
+    name = max(ranks, key=ranks.__getitem__)
+    total = sum(ranks.values())
+    if len(ranks) > 2 and 2 * ranks[name] > total:
+        warnings.warn(
+            f"{name} gets {ranks[name]} of all {total} ranks, more than the other {len(ranks) - 1} matrices together; "
+            "give max_rank, or leave it out of targets when calibrating, if that is not meant",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _plain(value: Any) -> Any:

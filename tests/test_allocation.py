@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -598,3 +599,14 @@ def test_experts_get_no_rank_and_have_no_part_in_the_scores():
 def test_errors_are_the_packages_own():
     assert issubclass(BudgetError, SensiloraError)
     assert issubclass(BudgetError, ValueError)
+
+
+def test_warns_of_a_matrix_that_gets_more_than_all_others():
+    metrics = {f"layer.{i}": (1.0, 0.1, 10) for i in range(4)} | {"pooler": (1000.0, 100.0, 10)}
+    with pytest.warns(UserWarning, match=r"pooler gets \d+ of all 20 ranks, more than the other 4 .* give max_rank"):
+        allocate(make_report(metrics), average_rank=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        allocate(make_report(metrics), average_rank=4, max_rank=8)
+        # Of two matrices one as a rule has more than half.
+        allocate(make_report({"a": (1.0, 0.1, 10), "b": (4.0, 1.0, 10)}), average_rank=4)

@@ -12,6 +12,16 @@ SCRIPT = Path(__file__).parents[1] / ".ci" / "prepare.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="the package does not hold it")
 
 
+@pytest.fixture(autouse=True)
+def _setuptools_keeps_distutils(monkeypatch):
+    """The script imports pip, whereupon setuptools leaves distutils to Python for the rest of the process, and
+    torch's compiler, which imports setuptools, fails in a later test."""
+    if importlib.util.find_spec("_distutils_hack") is not None:
+        import _distutils_hack
+
+        monkeypatch.setattr(_distutils_hack.DistutilsMetaFinder, "spec_for_pip", lambda finder: None, raising=False)
+
+
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
     """``prepare(*arguments)`` gives what was done; nothing is installed, and .venv is a folder of the test's."""
