@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import struct
 import tempfile
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -68,6 +69,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     return write_bytes(path, text.encode())
 
 
+def write_json(path: str | os.PathLike[str], content: Any) -> Path:
+    """`write_bytes` for dicts, lists, numbers and texts as JSON, in which NaN and Infinity are null."""
+    return write_text(path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> Path:
     """Write tensors as safetensors with the metadata ``{"format": "pt"}`` that PEFT and vLLM expect.
 
@@ -92,9 +106,15 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
     with replaced(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            values = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(values.view(torch.uint8).numpy().data)
+            file.write(bytes_of(tensors[name]))
     return Path(path)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The values in order, whatever the strides."""
+    values = tensor.detach().cpu().contiguous()
+    # A size of 1 counts as contiguous with any stride, but no such tensor can be viewed as bytes.
+    return values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def remove_all_but(folder: Path, pattern: str, keep: Container[str]) -> None:

@@ -1,6 +1,8 @@
 """Writing files: whole or not at all."""
 
 import errno
+import json
+import math
 import os
 
 import pytest
@@ -53,6 +55,33 @@ def test_tensors_are_written_as_safetensors_writes_them(tmp_path, dtypes):
         tensors[f"a.{place}"] = torch.randint(0, 2, (place + 1, 1)).to(dtype)
     path = _files.write_tensors(tmp_path / "x.safetensors", tensors)
     assert path.read_bytes() == save(tensors, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.randn(1, 6)[:, 2],
+        torch.randn(4, 1, 3)[:, :, 1:2],
+        torch.randn(3, 5).T,
+        torch.tensor(2.0),
+        torch.zeros(0, 3),
+    ],
+    ids=["a column of one row", "sizes of 1", "transposed", "scalar", "empty"],
+)
+def test_bytes_of_any_strides(values, tmp_path):
+    assert bytes(_files.bytes_of(values)) == values.clone(memory_format=torch.contiguous_format).numpy().tobytes()
+    path = _files.write_tensors(tmp_path / "x.safetensors", {"x": values})
+    assert torch.equal(load_file(path)["x"], values)
+
+
+def test_json_holds_no_nan(tmp_path):
+    content = {"a": [math.nan, 1.5, (math.inf, -math.inf)], "b": {"c": math.nan, "d": "NaN"}, "e": True}
+    path = _files.write_json(tmp_path / "x.json", content)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "a": [None, 1.5, [None, None]],
+        "b": {"c": None, "d": "NaN"},
+        "e": True,
+    }
 
 
 def test_a_file_that_is_being_replaced_is_whole_until_it_is(tmp_path):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sensilora
-from sensilora._files import remove_all_but, write_tensors, write_text
+from sensilora._files import bytes_of, remove_all_but, write_tensors, write_text
 from sensilora.errors import CalibrationError
 from sensilora.targets import plain_tensors
 
@@ -112,7 +112,7 @@ def identity(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name: _name_of(value) if callable(value) else value for name, value in arguments.items()}
     versions = {"sensilora": sensilora.__version__, "torch": str(torch.__version__)}
     device = next(model.parameters()).device.type
-    return {**plain, **versions, "device": device, "weights": _weights(model)}
+    return {**plain, **versions, "device": device, "weights": weights_of(model)}
 
 
 def digest(batch: object) -> str:
@@ -121,15 +121,14 @@ def digest(batch: object) -> str:
     entries = sorted(batch.items(), key=lambda entry: str(entry[0])) if isinstance(batch, Mapping) else [("", batch)]
     for key, value in entries:
         if isinstance(value, Tensor):
-            values = value.detach().cpu().contiguous()
-            found.update(f"{key}:{values.dtype}:{tuple(values.shape)}:".encode())
-            found.update(values.reshape(-1).view(torch.uint8).numpy().data)
+            found.update(f"{key}:{value.dtype}:{tuple(value.shape)}:".encode())
+            found.update(bytes_of(value))
         else:
             found.update(f"{key}:{value!r};".encode())
     return found.hexdigest()[:32]
 
 
-def _weights(model: nn.Module) -> dict[str, str]:
+def weights_of(model: nn.Module) -> dict[str, str]:
     """For each parameter and buffer its dtype, shape and the sum of its bit patterns, which is exact in any order."""
     found = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -138,7 +137,8 @@ def _weights(model: nn.Module) -> dict[str, str]:
 
 
 def _bits_of(tensor: Tensor) -> str:
-    bits = tensor.detach().reshape(-1).view(_INTEGERS.get(tensor.element_size(), torch.uint8))
+    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
+    bits = flat.view(_INTEGERS.get(tensor.element_size(), torch.uint8))
     shape = "x".join(map(str, tensor.shape))
     return f"{str(tensor.dtype).removeprefix('torch.')} {shape} {int(bits.sum(dtype=torch.int64))}"
 
