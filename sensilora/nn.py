@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sensilora.errors import AdapterError, RankError
 from sensilora.ops import lora_group, lora_linear, lora_segments, lora_update
 from sensilora.ops._lora import autocast_dtype, draw_seeds
-from sensilora.targets import is_conv1d, is_matrix, is_quantised, matrix_shape, whole_rank
+from sensilora.targets import is_conv1d, is_matrix, is_packed_otherwise, is_quantised, matrix_shape, whole_rank
 
 INITS = ("kaiming", "gaussian")
 
@@ -170,6 +170,11 @@ class VarRankLoRALinear(nn.Module):
 def _check_base(base_layer: nn.Module) -> None:
     if not is_matrix(base_layer):
         raise AdapterError(f"base_layer must be nn.Linear or Conv1D, not {type(base_layer).__name__}")
+    if is_packed_otherwise(base_layer):
+        raise AdapterError(
+            f"the weight of the base layer is packed ({type(base_layer.weight).__name__}) in a way that is not known "
+            "here; of quantised layers those of bitsandbytes and torchao are"
+        )
 
 
 def check_settings(rank: int, base_layer: nn.Module, init: str, dropout: float) -> int:

@@ -51,6 +51,14 @@ def is_quantised(module: nn.Module) -> bool:
     return type(weight) is not nn.Parameter and type(weight).__module__.startswith("torchao.")
 
 
+def is_packed_otherwise(module: nn.Module) -> bool:
+    """Whether the weight of a linear layer is packed in a way that is not known here: by another library's storage,
+    or by its tensors, which may well claim a dense dtype and the matrix's shape."""
+    weight = module.get_parameter("weight")
+    foreign = is_traceable_wrapper_subclass(weight) and not type(weight).__module__.startswith("torch.")
+    return not is_quantised(module) and (foreign or weight.dtype not in _DENSE or weight.dim() != 2)
+
+
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of an ``nn.Linear`` or ``Conv1D``."""
     if isinstance(module, nn.Linear) and is_quantised(module):
@@ -125,11 +133,11 @@ def find_targets(model: nn.Module, targets: Targets = "all-linear") -> dict[str,
             selected |= matching
         found = {name: module for name, module in matrices.items() if name in selected}
     for name, module in found.items():
-        weight = module.get_parameter("weight")
-        if not is_quantised(module) and (weight.dtype not in _DENSE or weight.dim() != 2):
+        if is_packed_otherwise(module):
+            weight = module.get_parameter("weight")
             raise TargetError(
-                f"the weight of {name} is packed ({weight.dtype}) in a way that is not known here; of quantised "
-                "layers those of bitsandbytes and torchao are"
+                f"the weight of {name} is packed ({type(weight).__name__} of {weight.dtype}) in a way that is not "
+                "known here; of quantised layers those of bitsandbytes and torchao are"
             )
     if not found:
         raise TargetError(f"targets {targets!r} match no linear module; {_examples(matrices)}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sensilora.errors import TargetError
+from sensilora.errors import AdapterError, TargetError
 from sensilora.nn import VarRankLoRALinear
 from sensilora.targets import (
     find_targets,
@@ -84,6 +84,46 @@ def test_model_without_matrices():
 def test_head_names():
     assert head_names(bert()) == {"classifier"}
     assert head_names(gpt2()) == {"lm_head"}
+
+
+class _Packed(torch.Tensor):
+    """A weight as another library packs it: it says that it is a dense matrix."""
+
+    @staticmethod
+    def __new__(cls, numbers):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float32)
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __tensor_flatten__(self):
+        return ["numbers"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return _Packed(inner["numbers"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return _Packed(args[0].numbers)
+        raise NotImplementedError(func)
+
+
+def test_weights_that_another_library_packed_are_refused():
+    model = bert()
+    query = model.bert.encoder.layer[0].attention.self.query
+    query.weight = nn.Parameter(_Packed(torch.ones(16, 16, dtype=torch.int8)), requires_grad=False)
+    with pytest.raises(
+        TargetError, match=r"the weight of bert\.encoder.*query is packed \(_Packed of torch.float32\)"
+    ):
+        find_targets(model)
+    with pytest.raises(AdapterError, match=r"the weight of the base layer is packed \(_Packed\)"):
+        VarRankLoRALinear(query, 2)
+    packed = nn.Linear(8, 8)
+    packed.weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(AdapterError, match="is packed"):
+        VarRankLoRALinear(packed, 2)
 
 
 def test_fingerprint_ignores_adapters_and_heads_but_not_sizes():
