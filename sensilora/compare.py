@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from sensilora.adapters import check_plan
 from sensilora.allocation import allocate, assign_ranks
 from sensilora.data import Row, number
 from sensilora.demo import peak_memory
-from sensilora.errors import DataError, NonFiniteError, OutputExistsError, PlanError, SensiloraError
+from sensilora.errors import DataError, ModelError, NonFiniteError, OutputExistsError, PlanError, SensiloraError
 from sensilora.integrations.transformers import (
     accuracy_and_macro_f1,
     encode_classification,
@@ -51,7 +51,8 @@ from sensilora.ops import lora_linear, lora_segments
 from sensilora.plan import RankPlan
 from sensilora.sensitivity import SensitivityReport
 from sensilora.sensitivity.calibrate import calibrate
-from sensilora.targets import is_conv1d, outermost_heads
+from sensilora.sensitivity.checkpoint import weights_of
+from sensilora.targets import is_conv1d, is_matrix, is_quantised, outermost_heads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,7 +88,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a comparison's numbers follow from, with a digest of its data; the arguments of `run_compare`."""
+    """What a comparison's numbers follow from, with digests of data and weights; the arguments of `run_compare`."""
 
     model: str
     classes: tuple[int | str, ...] | None
@@ -108,6 +109,7 @@ class Settings:
     dtype: str
     arms: tuple[str, ...] = DEFAULT_ARMS
     data_digest: str = ""
+    weights_digest: str = ""
 
     def __post_init__(self) -> None:
         unknown = [arm for arm in self.arms if arm not in TITLES]
@@ -116,12 +118,16 @@ class Settings:
         if not {UNIFORM, PLAN} <= set(self.arms):
             raise SensiloraError(f"{UNIFORM} and {PLAN} are always among the arms, which are {', '.join(self.arms)}")
         for name, least in (("seeds", 2), ("epochs", 1), ("batch_size", 1), ("average_rank", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise SensiloraError(f"{name} must be at least {least}, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise SensiloraError(f"{name} must be a whole number of at least {least}, not {value!r}")
         if not 0 < self.learning_rate < math.inf:
             raise SensiloraError(f"learning_rate must be a finite number above 0, not {self.learning_rate}")
-        if not 0 <= self.warmup <= 1:
-            raise SensiloraError(f"warmup must be in [0, 1], not {self.warmup}")
+        for name in ("warmup", "dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SensiloraError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise SensiloraError(f"weight_decay must be 0 or a positive number, not {self.weight_decay}")
         if self.metric not in self.metrics:
             raise SensiloraError(f"metric {self.metric!r} does not fit the data; choose {', '.join(self.metrics)}")
 
@@ -281,14 +287,23 @@ def run_compare(
 
     Raises:
         OutputExistsError: the folder holds another comparison and `force` is false, or something else.
-        PlanError: the plan is for another model, or gives uniform ranks.
+        PlanError: the plan is for another model, adapts its head, gives uniform ranks, or does not go with an arm of
+            PEFT's, which wants one scale and, for AdaLoRA, some steps.
         DataError: rows lack labels, or have such as do not fit.
-        NonFiniteError: a loss became NaN or Inf.
+        ModelError: the model does not load, or is quantised.
+        NonFiniteError: a loss, or an output for the held-out rows, became NaN or Inf.
         SensiloraError: an argument is out of range, an arm needs PEFT, which is missing, or the runs do not fit the
             GPU side by side.
     """
     if not set(arms).isdisjoint(_OF_PEFT):
         _adaptive()
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise SensiloraError(f"device={str(device)!r} was asked for, and torch finds no GPU; leave it out")
+    if any(row.label is None for row in (*rows, *eval_rows)):
+        raise DataError(
+            "some rows have no label; comparisons are of classifiers and regressors, and not yet of causal models: "
+            "name the field that holds the label (--label-field)"
+        )
     settings = Settings(
         model=os.fspath(model),
         classes=None if classes is None else tuple(classes),
@@ -307,14 +322,18 @@ def run_compare(
         serial=serial,
         device=torch.device(device).type,
         dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
-        arms=tuple(dict.fromkeys(arms)),
+        arms=(*(arm for arm in TITLES if arm in arms), *(arm for arm in arms if arm not in TITLES)),
     )
     if checkpoint_every < 1:
         raise SensiloraError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
     task = prepare(settings, rows, eval_rows, dtype)
     if plan is not None:  # what is wrong with it is told before anything is written
         check_plan(plan, task.model, dict(task.model.named_modules()), strict=True)
+        _check_no_head(plan, task.model)
         arm_plans(plan, task.settings)
+    if not set(task.settings.arms).isdisjoint(_OF_PEFT):
+        adalora_steps = _steps(task) if ADALORA in task.settings.arms else None
+        _adaptive().check_comparable(plan, adalora_steps)
     folder = _opened(Path(output), task.settings, force)
     plan = _plan(task, plan, folder, progress)
     starts = _eva_starts(task, plan, folder)
@@ -331,10 +350,10 @@ def run_compare(
             made = train(task, own, folder / _CHECKPOINT_FILE, checkpoint_every, progress, starts)
         for run, record in made.items():
             records[run] = record
-            _files.write_text(_record_file(folder, run), json.dumps(record, indent=1) + "\n")
+            _files.write_json(_record_file(folder, run), record)
         _files.remove_all_but(folder, _CHECKPOINT_FILE, ())
     found = Comparison(task.settings, {run: records[run] for run in plans})
-    _files.write_text(folder / RESULT_FILE, json.dumps(found.as_dict(), indent=1) + "\n")
+    _files.write_json(folder / RESULT_FILE, found.as_dict())
     return found
 
 
@@ -345,19 +364,32 @@ def prepare(settings: Settings, rows: Sequence[Row], eval_rows: Sequence[Row], d
     """The model and the tokenized rows on the device; the settings get what follows from these.
 
     Raises:
-        DataError: rows lack labels, or have such as do not fit.
-        ModelError: the model does not load.
+        DataError: labels do not fit.
+        ModelError: the model does not load, or is quantised.
     """
     tokenizer = load_tokenizer(settings.model)
     model = _new_model(settings, settings.seed, dtype)
     require_fit(model, tokenizer)
+    quantised = next(
+        (name for name, module in model.named_modules() if is_matrix(module) and is_quantised(module)), None
+    )
+    if quantised is not None:
+        raise ModelError(
+            f"the weight of {quantised} in {settings.model} is quantised, and runs side by side share the weights of "
+            "the unquantised model; name that one: its plan fits the quantised model too"
+        )
     limit = length_limit(model, settings.max_length)
     train, held_out = (_encoded(tokenizer, part, settings.classes, limit) for part in (rows, eval_rows))
-    digest = hashlib.sha256(json.dumps([train, held_out]).encode()).hexdigest()
-    settings = replace(settings, max_length=limit, data_digest=digest)
+    settings = replace(
+        settings, max_length=limit, data_digest=_digest([train, held_out]), weights_digest=_digest(weights_of(model))
+    )
     model = model.to(settings.device)
     train_rows, held_out_rows = (Rows(part, tokenizer.pad_token_id, model.device) for part in (train, held_out))
     return Task(model, settings, train_rows, held_out_rows)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _new_model(settings: Settings, seed: int, dtype: torch.dtype | None) -> Any:
@@ -366,15 +398,21 @@ def _new_model(settings: Settings, seed: int, dtype: torch.dtype | None) -> Any:
     return load_sequence_classifier(settings.model, labels=names, dtype=dtype)
 
 
+def _check_no_head(plan: RankPlan, model: Any) -> None:
+    """Raise PlanError if a matrix of the head has a rank: each run trains a head of its own in full."""
+    for head in outermost_heads(model):
+        for name, rank in plan.ranks.items():
+            if rank and (name == head or name.startswith(head + ".")):
+                raise PlanError(
+                    f"the plan adapts {name}, but a comparison trains the head {head!r} in full; make a plan "
+                    "without it"
+                )
+
+
 def _encoded(
     tokenizer: Any, rows: Sequence[Row], classes: Sequence[int | str] | None, max_length: int
 ) -> list[dict[str, Any]]:
     """Token ids and label of each row; the label is a place in `classes`, or the number itself."""
-    if any(row.label is None for row in rows):
-        raise DataError(
-            "some rows have no label; comparisons are of classifiers and regressors, and not yet of causal models: "
-            "name the field that holds the label (--label-field)"
-        )
     if classes is not None:
         return encode_classification(tokenizer, rows, labels=classes, max_length=max_length)
     examples = encode_classification(
@@ -456,7 +494,9 @@ def _eva_starts(task: Task, plan: RankPlan, folder: Path) -> Starts:
     wanted = [arm for arm in settings.arms if arm in (EVA, EVA_RANKS, EVA_START)]
     if wanted and not file.is_file():
         tensors: dict[str, Tensor] = {}
-        batches = calibration_batches(task)
+        # A pooler has one input of each row, and EVA seeks up to twice as many directions as the average rank, or
+        # more where its first ranks cost less than the plan's.
+        batches = calibration_batches(task, least=4 * max(uniform_ranks(plan).values()))
         if EVA_START in wanted:
             found = _adaptive().eva_start(task.model, batches, uniform_ranks(plan))
             tensors |= {f"{EVA_START}/{name}": A for name, A in found.items()}
@@ -474,14 +514,20 @@ def _eva_starts(task: Task, plan: RankPlan, folder: Path) -> Starts:
     }
 
 
-def calibration_batches(task: Task, rows: int = _CALIBRATION_ROWS) -> list[dict[str, Tensor]]:
-    """At most so many training rows, drawn with the comparison's first seed, in batches of like length."""
+def calibration_batches(
+    task: Task, rows: int = _CALIBRATION_ROWS, *, least: int | None = None
+) -> list[dict[str, Tensor]]:
+    """At most so many training rows, drawn with the comparison's first seed, in batches of like length.
+
+    With `least` every batch has as many rows, if there are as many at all.
+    """
     drawn = random.Random(task.settings.seed).sample(range(len(task.train)), min(rows, len(task.train)))
     drawn.sort(key=task.train.lengths.__getitem__)
-    return [
-        task.train.padded(drawn[start : start + _CALIBRATION_BATCH])
-        for start in range(0, len(drawn), _CALIBRATION_BATCH)
-    ]
+    starts = list(range(0, len(drawn), _CALIBRATION_BATCH))
+    if least is not None:
+        batches = max(1, len(drawn) // max(least, _CALIBRATION_BATCH))
+        starts = [place * len(drawn) // batches for place in range(batches)]
+    return [task.train.padded(drawn[start:end]) for start, end in itertools.pairwise([*starts, len(drawn)])]
 
 
 def plan_of(report: SensitivityReport, average_rank: int) -> RankPlan:
@@ -660,21 +706,22 @@ def _prepared(task: Task, plans: Mapping[Run, RankPlan], starts: Starts) -> Iter
         source = _new_model(settings, seed, model.dtype)
         drawn[seed] = {name: _trainable(source.get_submodule(name), model) for name in originals}
     heads = {name: _Heads([copy.deepcopy(drawn[run.seed][name]) for run in plans], layout) for name in originals}
-    with warnings.catch_warnings():
-        # Of a new head being frozen: each run trains its own.
-        warnings.filterwarnings("ignore", message="the head .* looks new", category=UserWarning)
-        for run, plan in plans.items():
-            torch.manual_seed(run.seed)
-            mixed.add_adapter(model, run.name, plan, dropout=settings.dropout)
-            if run.arm in (EVA, EVA_START):
-                for name, A in starts[run.arm].items():
-                    if len(A):
-                        model.get_submodule(name).lora_A[run.name].data.copy_(A)
-    names = [run.name for run in plans]
-    found = {name: module for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)}
-    layers = {name: _Stacked(layer, names, layout) for name, layer in found.items()}
-    originals |= {name: layer.base_layer for name, layer in found.items()}
+    # Of each matrix before it gets adapters, of which some runs may have none.
+    originals |= {name: model.get_submodule(name) for name in next(iter(plans.values())).ranks}
     try:
+        with warnings.catch_warnings():
+            # Of a new head being frozen: each run trains its own.
+            warnings.filterwarnings("ignore", message="the head .* looks new", category=UserWarning)
+            for run, plan in plans.items():
+                torch.manual_seed(run.seed)
+                mixed.add_adapter(model, run.name, plan, dropout=settings.dropout)
+                if run.arm in (EVA, EVA_START):
+                    for name, A in starts[run.arm].items():
+                        if len(A):
+                            model.get_submodule(name).lora_A[run.name].data.copy_(A)
+        names = [run.name for run in plans]
+        found = {name: module for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)}
+        layers = {name: _Stacked(layer, names, layout) for name, layer in found.items()}
         for name, module in (heads | layers).items():
             model.set_submodule(name, module.requires_grad_(name in heads))
         for layer in layers.values():
@@ -756,7 +803,7 @@ def train_adalora(task: Task, run: Run, plan: RankPlan, progress: bool = True) -
     model = _new_model(settings, run.seed, task.model.dtype).to(task.device)
     heads = [_Heads([_trainable(model.get_submodule(name), model)], layout) for name in outermost_heads(model)]
     torch.manual_seed(run.seed)
-    steps = settings.epochs * len(_order(task, run.seed, 0))
+    steps = _steps(task)
     with _enough_memory(), peak_memory(task.device) as peak:
         adalora = _adaptive().AdaLoRA(model, plan, steps=steps, dropout=settings.dropout)
         for name, head in zip(outermost_heads(model), heads, strict=True):
@@ -820,8 +867,8 @@ class _State:
                 run_of_row[id(piece.parameter)][piece.rows] = place
         self._run_of_row = torch.cat(list(run_of_row.values())).to(task.device)
         self._mine = self._run_of_row == torch.arange(len(pieces), device=task.device).unsqueeze(1)
-        self.steps_an_epoch = len(_order(task, 0, 0))  # which seed and epoch is all one
-        steps = task.settings.epochs * self.steps_an_epoch
+        steps = _steps(task)
+        self.steps_an_epoch = steps // task.settings.epochs
         self.losses = torch.zeros(steps, len(pieces), device=task.device)
         # After a kill some runs may be finished, and these be fewer than trained side by side.
         self.step, self.seconds, self.side_by_side = 0, 0.0, len(pieces)
@@ -831,7 +878,10 @@ class _State:
     @torch.no_grad()
     def update(self, learning_rate: float) -> None:
         """One step of AdamW, each run's gradient clipped by its own norm."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        for parameter in self.parameters:
+            if parameter.grad is None:  # of a part of the head that has no use
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [cast(Tensor, parameter.grad) for parameter in self.parameters]
         squares = torch.cat([gradient.double().square().reshape(len(gradient), -1).sum(1) for gradient in gradients])
         # Chosen and not multiplied by 0, which would carry one run's NaN to the others.
         norms = torch.where(self._mine, squares, 0.0).sum(1).sqrt()
@@ -878,6 +928,11 @@ class _State:
                 state["step"] = tensors[f"{run.name}/{name}/step"]
                 for key in _MOMENTS:
                     state[key][piece.rows] = tensors[f"{run.name}/{name}/{key}"]
+
+
+def _steps(task: Task) -> int:
+    """Of the whole training, for every seed."""
+    return task.settings.epochs * len(_order(task, 0, 0))
 
 
 def _order(task: Task, seed: int, epoch: int) -> list[list[int]]:
@@ -990,6 +1045,11 @@ def _evaluate(task: Task, layout: _Layout, place: int) -> dict[str, float]:
         outputs.append(model(**batch).logits.float())
     gold = [held_out.labels[row] for row in order]
     logits = torch.cat(outputs)
+    if not bool(logits.isfinite().all()):
+        raise NonFiniteError(
+            "the trained model gives NaN or Inf for rows that are held out; lower the learning rate, or compute in "
+            "another dtype, and pass --force"
+        )
     if task.settings.classes is None:
         return regression_metrics(gold, logits.squeeze(-1).tolist())
     return classification_metrics(gold, logits.argmax(-1).tolist(), binary=len(task.settings.classes) == 2)

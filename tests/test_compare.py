@@ -647,8 +647,11 @@ def test_a_checkpoint_of_finished_runs_is_no_start_for_others(model, tmp_path, m
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"seeds": 1}, "seeds must be at least 2, not 1"),
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"seeds": 1}, "seeds must be a whole number of at least 2, not 1"),
+        ({"seeds": 2.0}, "seeds must be a whole number of at least 2, not 2.0"),
+        ({"epochs": 0}, "epochs must be a whole number of at least 1"),
+        ({"dropout": 1.5}, "dropout must be in"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or a positive number"),
         ({"learning_rate": math.nan}, "learning_rate must be a finite number"),
         ({"warmup": 1.5}, "warmup must be in"),
         ({"metric": "pearson"}, "metric 'pearson' does not fit the data; choose accuracy, macro_f1, matthews, f1"),
@@ -663,9 +666,113 @@ def test_arguments_out_of_range(model, tmp_path, changes, sentence):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(model, tmp_path):
+    with pytest.raises(SensiloraError, match="device='cuda' was asked for, and torch finds no GPU"):
+        run_compare(tmp_path / "out", model, rows(12), rows(8, 9), device="cuda", **QUICK)
+
+
 def test_rows_without_labels(model, tmp_path):
-    with pytest.raises(DataError, match="not yet of causal models"):
-        run_compare(tmp_path / "out", model, [Row(("a film",))], rows(8, 9), **QUICK)
+    for metric in (None, "accuracy"):  # which fits no regression, and that is not what is wrong
+        for classes in ([0, 1], None):
+            options = {**QUICK, "metric": metric, "classes": classes}
+            with pytest.raises(DataError, match="not yet of causal models"):
+                run_compare(tmp_path / "out", model, [Row(("a film",))], rows(8, 9), **options)
+
+
+def test_training_of_a_single_step(model, tmp_path):
+    # A state of one loss a run has a stride that no view as bytes can have.
+    found = run_compare(tmp_path / "out", model, rows(5), rows(8, 9), **QUICK)
+    assert all(record["epochs"] == 1 for record in found.records.values())
+
+
+def test_the_order_of_arms_is_no_other_comparison(model, tmp_path):
+    arms = [PERMUTED, PLAN, UNIFORM]
+    first = run_compare(tmp_path / "out", model, rows(12), rows(8, 9), **QUICK)
+    assert run_compare(tmp_path / "out", model, rows(12), rows(8, 9), arms=arms, **QUICK).settings == first.settings
+
+
+def test_other_weights_in_the_models_folder_are_another_comparison(model, tmp_path):
+    run_compare(tmp_path / "out", model, rows(12), rows(8, 9), **QUICK)
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("query.weight"))
+    save_file({**weights, name: weights[name] + 0.01}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OutputExistsError, match="with other settings"):
+        run_compare(tmp_path / "out", model, rows(12), rows(8, 9), **QUICK)
+
+
+def test_a_plan_for_the_head_is_refused(model, tmp_path):
+    loaded = compare.load_sequence_classifier(model, labels=["0", "1"])
+    modules = find_targets(loaded, ["query", "classifier"])
+    plan = RankPlan.uniform({name: matrix_shape(module) for name, module in modules.items()}, 2)
+    with pytest.raises(PlanError, match="the plan adapts classifier, but a comparison trains the head 'classifier'"):
+        run_compare(tmp_path / "out", model, rows(12), rows(8, 9), plan=plan.with_ranks({"classifier": 1}), **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arm", [compare.ADALORA, compare.EVA])
+def test_what_an_arm_of_peft_needs_is_told_before_anything_is_written(arm, model, tmp_path):
+    pytest.importorskip("peft")
+    loaded = compare.load_sequence_classifier(model, labels=["0", "1"])
+    shapes = {name: matrix_shape(module) for name, module in find_targets(loaded).items()}
+    plan = RankPlan.uniform(shapes, 2, fingerprint=fingerprint(loaded)).with_ranks({next(iter(shapes)): 4})
+    plan = plan.model_copy(update={"scaling": plan.scaling.model_copy(update={"rule": "rslora"})})
+    with pytest.raises(PlanError, match="the plan's scale depends on the rank"):
+        run_compare(tmp_path / "out", model, rows(30), rows(8, 9), plan=plan, arms=[UNIFORM, PLAN, arm], **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_steps_for_adalora_are_told_before_anything_is_written(model, tmp_path):
+    pytest.importorskip("peft")
+    with pytest.raises(PlanError, match="AdaLoRA lowers its ranks over the steps, and 2 are too few"):
+        run_compare(tmp_path / "out", model, rows(8), rows(8, 9), arms=[UNIFORM, PLAN, compare.ADALORA], **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_eva_gets_batches_with_enough_inputs_of_a_pooler(model, tmp_path):
+    pytest.importorskip("peft")
+    # 70 rows would be two batches of 32 and one of 6, and EVA seeks 12 directions.
+    options = {**QUICK, "batch_size": 35, "average_rank": 6, "arms": [UNIFORM, PLAN, compare.EVA]}
+    found = run_compare(tmp_path / "out", model, rows(70), rows(8, 9), **options)
+    assert found.records[Run(compare.EVA, 0)]["adapter_parameters"] > 0
+
+
+def test_outputs_that_are_no_numbers_are_told(model, tmp_path, monkeypatch):
+    evaluate = compare._evaluate
+
+    def damaged(task, layout, place):
+        task.model.get_input_embeddings().weight.data[5:].fill_(3e38)
+        return evaluate(task, layout, place)
+
+    monkeypatch.setattr(compare, "_evaluate", damaged)
+    with pytest.raises(NonFiniteError, match="gives NaN or Inf for rows that are held out"):
+        run_compare(tmp_path / "out", model, rows(12), rows(8, 9), **QUICK)
+
+
+def test_a_quantised_model_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "is_quantised", lambda module: True)
+    with pytest.raises(ModelError, match=r"the weight of bert\.encoder.*query in .* is quantised"):
+        run_compare(tmp_path / "out", model, rows(12), rows(8, 9), **QUICK)
+
+
+def test_a_failure_while_adapters_are_added_leaves_the_model_as_it_was(model, tmp_path, monkeypatch):
+    tasks, prepare, add = [], compare.prepare, mixed.add_adapter
+
+    def prepared(*arguments):
+        tasks.append(prepare(*arguments))
+        return tasks[-1]
+
+    def second_fails(model, name, plan, **options):
+        if name.endswith("_1"):
+            raise KeyboardInterrupt
+        add(model, name, plan, **options)
+
+    monkeypatch.setattr(compare, "prepare", prepared)
+    monkeypatch.setattr(mixed, "add_adapter", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        run_compare(tmp_path / "out", model, rows(12), rows(8, 9), **QUICK)
+    assert not [name for name, _ in tasks[0].model.named_parameters() if "lora" in name]
+    assert {type(module).__name__ for module in find_targets(tasks[0].model).values()} == {"Linear"}
 
 
 @pytest.mark.parametrize(("label", "sentence"), [("good", "is no number"), ("nan", "is not finite")])

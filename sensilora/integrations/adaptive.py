@@ -49,8 +49,7 @@ class AdaLoRA:
     """
 
     def __init__(self, model: nn.Module, plan: RankPlan, *, steps: int, dropout: float = 0.0) -> None:
-        if steps < 4:
-            raise PlanError(f"AdaLoRA lowers its ranks over the steps, and {steps} are too few; train for at least 4")
+        check_comparable(plan, steps)
         self._budget = plan.parameters
         self._cost = {name: sum(entry.shape) + 1 for name, entry in plan.matrices.items()}
         average = plan.parameters / sum(self._cost.values())
@@ -126,6 +125,19 @@ class AdaLoRA:
             for value, old in zip(values, before, strict=True):
                 value.copy_(old)
         return low
+
+
+def check_comparable(plan: RankPlan | None, adalora_steps: int | None = None) -> None:
+    """Raise PlanError where AdaLoRA, trained for so many steps, or EVA cannot be compared with the plan.
+
+    Of a plan that is None nothing is asked, and of AdaLoRA neither without steps.
+    """
+    if adalora_steps is not None and adalora_steps < 4:
+        raise PlanError(
+            f"AdaLoRA lowers its ranks over the steps, and {adalora_steps} are too few; train for at least 4"
+        )
+    if plan is not None:
+        _constant_scale(plan)
 
 
 def _matrix(parameter: str) -> str:
@@ -210,8 +222,8 @@ def _eva_directions(
         x = x[mask.bool()] if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1]).contiguous()
         if len(x) < wanted:
             raise DataError(
-                f"EVA seeks {wanted} directions for {name}, and a batch has {len(x)} inputs of it; take larger "
-                "batches, or a lower rank"
+                f"EVA seeks {wanted} directions for {name}, and a batch has {len(x)} inputs of it; give more rows, "
+                "or a lower rank"
             )
         return x
 
