@@ -5,9 +5,10 @@
 - fisher: one batch observed (forward, backward, squared gradients), against forward and backward with frozen weights.
 - calibrate_piqa2000: `calibrate` and `allocate`, that is all but loading the model, over 2,000 sequences of PIQA; the
   baseline is the plain forward passes over the same batches. ours_ms / 1000 are the seconds that the paper reports.
-- cpu/minilm/fisher: a classifier of MiniLM's shape (6 layers, 384 wide, random fp32 weights), one batch of 16
-  sequences observed, against a loop that takes each sequence's gradients and squares them. Of 8 to 64 tokens, padded
-  for ours but not for the loop (57% of what ours computes counts), and of 32 or 64 tokens each.
+- cpu/minilm/fisher: a classifier of MiniLM's shape (6 layers, 384 wide, random fp32 weights), batches of 16 sequences
+  observed, against a loop that takes each sequence's gradients and squares them. 64 sequences of 8 to 64 tokens by
+  length, as `sensilora plan` takes them; one batch of 8 to 64 tokens as they come, of which 57% counts and the rest
+  is padding for ours but not for the loop; and one of 32 or 64 tokens each.
 
 PIQA is read from the file that SENSILORA_PIQA names (its own jsonl, also gzipped, or text with a sequence a line),
 else from shared/data/piqa in the checkout or beside it. There is no tokenizer: words are cut into pieces of up to six
@@ -21,7 +22,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,10 @@ Inputs = dict[str, Tensor]
 def cases(device: str) -> Cases:
     if device == "cpu":
         return {
-            "cpu/minilm/fisher": partial(_minilm_case, MINILM_LENGTHS),
-            "cpu/minilm/fisher/n16_t32": partial(_minilm_case, (32,) * 16),
-            "cpu/minilm/fisher/n16_t64": partial(_minilm_case, (64,) * 16),
+            "cpu/minilm/fisher": partial(_minilm_case, MINILM_BY_LENGTH),
+            "cpu/minilm/fisher/unsorted": partial(_minilm_case, [MINILM_UNSORTED]),
+            "cpu/minilm/fisher/n16_t32": partial(_minilm_case, [(32,) * 16]),
+            "cpu/minilm/fisher/n16_t64": partial(_minilm_case, [(64,) * 16]),
         }
     return {
         "model/llama8b/activation": partial(_activation_case, device, LLAMA_8B, SEQUENCES, LENGTH, "diagonal"),
@@ -234,39 +236,44 @@ def _fisher_errors(device: str, shape: dict[str, Any]) -> tuple[list[float], lis
     return ours, [relative_error(plain[name], found) for name, found in oracle.items()]
 
 
-# Of the batch that is padded.
-MINILM_LENGTHS = (64, 17, 30, 45, 8, 64, 52, 21, 38, 12, 60, 27, 33, 49, 19, 41)
+# Tokens of each sequence, batch by batch.
+MINILM_UNSORTED = (64, 17, 30, 45, 8, 64, 52, 21, 38, 12, 60, 27, 33, 49, 19, 41)
+_BY_LENGTH = sorted(8 + 37 * i % 57 for i in range(64))
+MINILM_BY_LENGTH = [tuple(_BY_LENGTH[start : start + 16]) for start in range(0, 64, 16)]
 
 
-def _minilm_case(token_counts: tuple[int, ...]) -> Case:
+def _minilm_case(token_counts: Sequence[tuple[int, ...]]) -> Case:
     from transformers import BertConfig, BertForSequenceClassification
 
     sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
     model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3)).eval().requires_grad_(False)
-    lengths = torch.tensor(token_counts)
-    inputs = {
-        "input_ids": torch.randint(1, 30000, (len(lengths), int(lengths.max()))),
-        "attention_mask": (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long(),
-    }
-    labels = torch.randint(3, (len(lengths),))
+    batches = []
+    for counts in token_counts:
+        lengths, longest = torch.tensor(counts), max(counts)
+        mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
+        ids = torch.randint(1, 30000, (len(counts), longest))
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": torch.randint(3, (len(counts),))})
     modules = find_targets(model)
 
     def ours() -> dict[str, Tensor]:
         matrices = group_tied(modules)
         estimator = _fisher(model, modules, matrices)
         with wrapped_forwards(modules, estimator.wrap):
-            estimator.observe(Batch({**inputs, "labels": labels}, model))
+            for batch in batches:
+                estimator.observe(Batch(batch, model))
         return {name: _filled(matrix) for name, matrix in matrices.items()}
 
     def loop() -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         weights = {name: module.weight.requires_grad_() for name, module in modules.items()}
-        for n, length in enumerate(token_counts):
-            own = {name: value[n : n + 1, :length] for name, value in inputs.items()}
-            loss = nn.functional.cross_entropy(model(**own).logits, labels[n : n + 1])
-            for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
-                squares = gradient.square_()
-                total[name] = total[name].add_(squares) if name in total else squares
+        for counts, batch in zip(token_counts, batches, strict=True):
+            for n, length in enumerate(counts):
+                loss = nn.functional.cross_entropy(
+                    model(batch["input_ids"][n : n + 1, :length]).logits, batch["labels"][n : n + 1]
+                )
+                for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+                    squares = gradient.square_()
+                    total[name] = total[name].add_(squares) if name in total else squares
         model.requires_grad_(False)
         return total
 

@@ -509,12 +509,19 @@ def allocate(
         schema_version=SCHEMA_VERSION,
         model_id=report.model_id,
         fingerprint=report.fingerprint,
-        calibration=Calibration(**{field: getattr(report, field) for field in Calibration.model_fields}),
+        calibration=_calibration(report),
         allocation=settings,
         budget=Budget.of(kind, value, entries),
         scaling=rule,
         matrices=entries,
     )
+
+
+def _calibration(report: SensitivityReport) -> Calibration:
+    fields = {field: getattr(report, field) for field in Calibration.model_fields}
+    if report.estimator != "activation":
+        fields["variant"] = None
+    return Calibration(**fields)
 
 
 def _warn_of_one_matrix(ranks: Mapping[str, int]) -> None:
@@ -523,8 +530,8 @@ def _warn_of_one_matrix(ranks: Mapping[str, int]) -> None:
     total = sum(ranks.values())
     if len(ranks) > 2 and 2 * ranks[name] > total:
         warnings.warn(
-            f"{name} gets {ranks[name]} of all {total} ranks, more than the other {len(ranks) - 1} matrices together; "
-            "give max_rank, or leave it out of targets when calibrating, if that is not meant",
+            f"{name} gets {ranks[name]} of all {total} ranks, more than the other {len(ranks) - 1} matrices "
+            "together; give max_rank, or leave it out of targets when calibrating, if that is not meant",
             UserWarning,
             stacklevel=3,
         )

@@ -638,7 +638,7 @@ def train(
         }
         save_adapter(loaded, folder, force=True)
         ranks.save(folder / PLAN_FILE)
-        _files.write_text(folder / TRAINING_FILE, json.dumps(log, indent=1) + "\n")
+        _files.write_json(folder / TRAINING_FILE, log)
     evaluations = [entry for entry in history if "accuracy" in entry or "perplexity" in entry]
     if evaluations:
         _print(_metrics_table("after each epoch", evaluations))
@@ -681,7 +681,7 @@ def evaluate(
     _print(_metrics_table(f"{adapter} on {data}", [figures]))
     if json_file is not None:
         figures_of = {"model": model, "adapter": str(adapter), "data": str(data), **figures}
-        _files.write_text(json_file, json.dumps(figures_of, indent=1) + "\n")
+        _files.write_json(json_file, figures_of)
 
 
 @app.command(

@@ -164,10 +164,11 @@ def export_axolotl(
 
     Raises:
         PlanError: axolotl has no field for what the plan says (a fractional alpha; rank 0 for a matrix whose name
-            ends with that of another), every rank is 0, or `base` is no axolotl config or sets what the plan does.
+            ends with that of another), every rank is 0, `base` is no axolotl config or sets what the plan does, or
+            peft is not installed.
         OutputExistsError: `output` exists and `force` is false.
     """
-    lora = plan.to_lora_config()
+    lora = _lora_config(plan)
     if not all(isinstance(alpha, int) for alpha in (lora.alpha_pattern or {}).values()):
         raise PlanError("axolotl takes whole alphas only; make the plan with a whole --scaling")
     if lora.exclude_modules:
@@ -215,10 +216,12 @@ def export_blank_adapter(
         `output`.
 
     Raises:
-        PlanError: every rank of the plan is 0.
+        PlanError: every rank of the plan is 0, `dropout` is outside [0, 1], or peft is not installed.
         OutputExistsError: `output` exists and `force` is false.
     """
-    lora = plan.to_lora_config()
+    if not 0.0 <= dropout <= 1.0:
+        raise PlanError(f"dropout must be in [0, 1], not {dropout}")
+    lora = _lora_config(plan)
     fields: dict[str, Any] = {
         "task_type": task_type,
         "lora_dropout": dropout,
@@ -239,6 +242,14 @@ def export_blank_adapter(
             lora_A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)
             pairs[name] = lora_A, torch.zeros(out_features, rank)
     return _write(output, force, fields, pairs, {})
+
+
+def _lora_config(plan: RankPlan) -> Any:
+    """The plan as PEFT's config; PEFT that is missing is told as any other obstacle."""
+    try:
+        return plan.to_lora_config()
+    except ImportError as error:
+        raise PlanError(str(error)) from error
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -295,9 +306,9 @@ def _kept_fields(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     return {key: source[key] for key in _KEPT_FIELDS if source.get(key)}
 
 
-def _card(adapter: str | os.PathLike[str]) -> str | None:
+def _card(adapter: str | os.PathLike[str]) -> bytes | None:
     card = Path(adapter) / CARD_FILE
-    return card.read_text(encoding="utf-8") if card.is_file() else None
+    return card.read_bytes() if card.is_file() else None
 
 
 def _write(
@@ -306,7 +317,7 @@ def _write(
     fields: dict[str, Any],
     pairs: Pairs,
     plain: dict[str, Tensor],
-    card: str | None = None,
+    card: bytes | None = None,
 ) -> Path:
     config = {
         "peft_type": "LORA",
@@ -325,5 +336,5 @@ def _write(
         _files.write_text(temporary / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         _files.write_tensors(temporary / WEIGHTS_FILE, tensors)
         if card is not None:
-            _files.write_text(temporary / CARD_FILE, card)
+            _files.write_bytes(temporary / CARD_FILE, card)
     return Path(output)

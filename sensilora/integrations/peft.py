@@ -244,6 +244,12 @@ class _Fused:
         return lora_Bs, scalings
 
 
+def _blank(layer_class: Any) -> Any:
+    """An instance of the fused class of one of PEFT's layers without any state."""
+    fused = _fused_class(layer_class)
+    return fused.__new__(fused)
+
+
 class FusedQuantised(_Fused):
     """The forward pass of PEFT's LoRA layers over bases that bitsandbytes or torchao quantised.
 
@@ -251,6 +257,10 @@ class FusedQuantised(_Fused):
     dropout or without. Batches with ``adapter_names``, and what `FusedLinear` leaves to PEFT, are computed by PEFT's
     own forward, with one warning for each reason. Dtypes are as for `FusedLinear`.
     """
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # The class is made when it is needed, so it cannot be found by its name.
+        return _blank, (type(self).__bases__[1],), self.__dict__
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) to (..., out_features); arguments as of PEFT's layer."""

@@ -357,9 +357,15 @@ def train_with_trainer(
         `evaluate` returned, or the run's totals.
 
     Raises:
+        ModelError: the model is quantised, which the Trainer takes as a PEFT model only.
         NonFiniteError: a weight holds NaN or Inf before or after training, or the loss of a step is NaN or Inf, at
             which training stops.
     """
+    if getattr(model, "is_quantized", False):
+        raise ModelError(
+            "transformers' Trainer takes a quantised model only with PEFT's adapters: give PEFT the plan "
+            "(plan.to_lora_config) and call sensilora.integrations.peft.fuse, or train the unquantised model"
+        )
     damaged = first_non_finite_parameter(model)
     if damaged is not None:
         name = damaged.replace(".base_layer.", ".")
@@ -494,14 +500,15 @@ class SensitivityCallback(TrainerCallback):
     package's or PEFT's, fused or not, merged or not; without any, the trained weights themselves are measured.
 
     Each time costs with "activation" one forward pass over `batches`, in the Trainer's mixed precision, without
-    gradients; with "fisher" a backward pass more for each draw of labels. Adapters are computed by torch meanwhile.
-    The probes of "hutchinson" are drawn anew for a model with adapters, so that their noise is in its drift.
+    gradients; with "fisher" a backward pass more for each draw of labels. Adapters are computed by torch meanwhile,
+    but for those over quantised layers. The probes of "hutchinson" are drawn anew for a model with adapters, so that
+    their noise is in its drift.
 
     Weights, gradients, the optimiser and the random number generators (torch's, NumPy's, Python's) are afterwards as
     they were, so that training goes on to the same weights, bit for bit, as without the callback. Gradient
     checkpointing and a ``device_map`` may be on. Under DistributedDataParallel every process measures the same
     batches by itself, without communication, and has the same `history`. Weights that are sharded (FSDP, DeepSpeed
-    ZeRO-3), offloaded or quantised cannot be measured.
+    ZeRO-3) or offloaded cannot be measured, nor quantised ones by "hutchinson".
 
     Args:
         reference: the plan, or the report that it was made from. An older plan that does not tell the ``variant`` of
@@ -692,6 +699,7 @@ def evaluate_classifier(model: Any, batches: Sequence[Batch], *, progress: bool 
 
     Raises:
         DataError: no row has a label.
+        NonFiniteError: the model's output makes the loss NaN or Inf.
     """
     gold: list[int] = []
     predicted: list[int] = []
@@ -705,6 +713,7 @@ def evaluate_classifier(model: Any, batches: Sequence[Batch], *, progress: bool 
             predicted += logits.argmax(-1)[labels != IGNORED].tolist()
     if not gold:
         raise DataError("no row has a label to compare with; name the field that holds it (--label-field)")
+    _require_finite(total)
     accuracy, macro_f1 = accuracy_and_macro_f1(gold, predicted)
     return {"accuracy": accuracy, "macro_f1": macro_f1, "loss": total / len(gold), "rows": len(gold)}
 
@@ -712,8 +721,11 @@ def evaluate_classifier(model: Any, batches: Sequence[Batch], *, progress: bool 
 def evaluate_causal_lm(model: Any, batches: Sequence[Batch], *, progress: bool = True) -> dict[str, float]:
     """Mean negative log-likelihood a predicted token (in nats), its exponential, and the number of those tokens.
 
+    A perplexity beyond all doubles is infinite.
+
     Raises:
         DataError: no row has a token to predict.
+        NonFiniteError: the model's output makes the loss NaN or Inf.
     """
     total, tokens = 0.0, 0
     with _evaluating(model, batches, progress) as bar:
@@ -723,9 +735,18 @@ def evaluate_causal_lm(model: Any, batches: Sequence[Batch], *, progress: bool =
             tokens += counted
     if not tokens:
         raise DataError("no row is longer than one token, so there is nothing to predict")
+    _require_finite(total)
     loss = total / tokens
     # torch's exponential is infinite where Python's raises.
     return {"loss": loss, "perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()), "tokens": tokens}
+
+
+def _require_finite(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"the loss on the evaluation rows is {loss}; the adapter diverged in training, or the model overflows in "
+            "its dtype: evaluate in float32"
+        )
 
 
 def accuracy_and_macro_f1(gold: Sequence[int], predicted: Sequence[int]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -117,7 +118,11 @@ def test_uniform_fills_the_layers_gaps_without_a_plan(base, trained, tmp_path):
 
 def test_peft_form_keeps_the_tensors_and_loads(base, trained, tmp_path):
     folder, expected = trained.folder, trained.logits
+    card = b"# An adapter\n\nby Andr\xe9\n"  # not UTF-8
+    (folder / "README.md").write_bytes(card)
     output = export_peft(folder, tmp_path / "peft")
+    (folder / "README.md").unlink()
+    assert (output / "README.md").read_bytes() == card
     before, after = (load_file(path / "adapter_model.safetensors") for path in (folder, output))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -424,3 +429,17 @@ def test_blank_adapter_leaves_out_a_dropped_matrix_that_a_kept_name_ends(tmp_pat
     config = LoraConfig.from_pretrained(output)
     assert config.exclude_modules == {"encoder.layers.0.q"}
     assert config.task_type is None
+
+
+@pytest.mark.parametrize("export", [export_axolotl, export_blank_adapter])
+def test_peft_that_is_missing_is_told(plan, tmp_path, monkeypatch, export):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "sensilora.integrations.peft", raising=False)
+    with pytest.raises(PlanError, match=r"peft.* pip install 'sensilora\[peft\]'"):
+        export(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_blank_adapter_refuses_a_dropout_that_is_none(plan, tmp_path):
+    with pytest.raises(PlanError, match=r"dropout must be in \[0, 1\], not nan"):
+        export_blank_adapter(plan, tmp_path / "out", dropout=math.nan)

@@ -1000,3 +1000,19 @@ class TestTorch:
         del base._parameters["weight"]
         base.weight = weight.detach().clone()
         torch.testing.assert_close(fused(x), expected)
+
+
+class OfAnotherBase(Linear):
+    """As PEFT's layers over quantised bases are: another class beside lora.Linear."""
+
+
+def test_layers_whose_class_is_made_at_run_time_can_be_pickled():
+    layer = OfAnotherBase(nn.Linear(8, 6), "default", config=LoraConfig(r=2), r=2, lora_alpha=4)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(3, 8)
+    expected = layer(x)
+    layer.__class__ = integration._fused_class(OfAnotherBase)
+    for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert type(twin) is type(layer)
+        assert twin.lora_A["default"].weight is not layer.lora_A["default"].weight
+        torch.testing.assert_close(twin(x), expected)

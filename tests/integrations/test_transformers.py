@@ -222,6 +222,24 @@ def test_evaluate_causal_is_the_mean_over_tokens(llama):
     assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
     model.lm_head.weight.data.mul_(1e6)  # a loss above 709, beyond the largest exponent
     assert hf.evaluate_causal_lm(model, hf.causal_batches(tokenizer, rows))["perplexity"] == math.inf
+    model.lm_head.weight.data.fill_(3e38)
+    with pytest.raises(NonFiniteError, match="the loss on the evaluation rows is nan"):
+        hf.evaluate_causal_lm(model, hf.causal_batches(tokenizer, rows))
+
+
+def test_a_classifier_whose_output_is_no_number_is_not_evaluated(bert):
+    model, tokenizer = hf.load_sequence_classifier(bert, labels=["0", "1"]), hf.load_tokenizer(bert)
+    rows = [Row((text,), label) for text, label in tiny_models.sentences(5)]
+    model.classifier.weight.data.fill_(3e38)
+    with pytest.raises(NonFiniteError, match="the loss on the evaluation rows is nan"):
+        hf.evaluate_classifier(model, hf.classification_batches(tokenizer, rows, labels=[0, 1]))
+
+
+def test_the_trainer_is_not_given_a_quantised_model(bert, tmp_path):
+    model = adapted(bert)
+    model.is_quantized = True  # as transformers marks what it loads
+    with pytest.raises(ModelError, match="takes a quantised model only with PEFT's adapters"):
+        train(model, bert, tmp_path)
 
 
 def adapted(folder, seed=0):
