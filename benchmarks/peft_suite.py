@@ -6,7 +6,8 @@
 The tests come with PEFT's source distribution, which must be of the installed version; they need ``parameterized``,
 ``datasets`` and what else their files import. In the fused run every ``LoraConfig`` that is made passes through
 `sensilora.integrations.peft.use_fused`, also those that PEFT reads from files. Printed are the outcomes by file, the
-tests whose outcome differs, and how many layer calls the kernels and PEFT's own forward computed, with the reasons.
+tests whose outcome differs, how many calls of the ops the fused layers made, and how often PEFT's own forward
+computed one, with the reasons.
 Tests that need the hub fail in both runs where it cannot be reached; with HF_HUB_OFFLINE=1 they do so at once.
 """
 
@@ -103,19 +104,19 @@ def _fuse_every_config() -> None:
             peft.use_fused(config)
 
     LoraConfig.__post_init__ = fused
-    for name in ("_active", "_mixed"):
-        _count_calls(peft.FusedLinear, name)
+    for op in ("lora_linear", "lora_segments"):
+        _count_calls(peft, op)
     peft._warn_of = lambda reason: calls.update([f"PEFT's forward: {reason}"])
 
 
-def _count_calls(owner: type, name: str) -> None:
-    function = getattr(owner, name)
+def _count_calls(module, op: str) -> None:
+    function = getattr(module, op)
 
     def counted(*args, **kwargs):
-        calls["fused " + name.strip("_")] += 1
+        calls[op] += 1
         return function(*args, **kwargs)
 
-    setattr(owner, name, counted)
+    setattr(module, op, counted)
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -144,7 +145,9 @@ def start(tests: Path, kind: str, files: list[str], arguments: list[str]) -> tup
 
 def finished(run: subprocess.Popen[bytes], output: Path) -> tuple[Outcomes, dict[str, int]]:
     """Outcomes by test, and layer calls by what computed them."""
-    run.wait()
+    status = run.wait()
+    if not output.is_file():
+        sys.exit(f"pytest ended with {status} and no outcomes; what it printed is above")
     found = json.loads(output.read_text())
     return found["outcomes"], found["calls"]
 
@@ -179,7 +182,7 @@ def main() -> int:
         why = ", of the layer's name" if test in of_the_name else ""
         print(f"differs{why}: {test}: stock {stock.get(test)}, fused {fused.get(test)}")
     for what, count in sorted(calls.items()):
-        print(f"{count:7} layer calls, {what}")
+        print(f"{count:7} calls, {what}")
     return 1 if len(different) > len(of_the_name) else 0
 
 
