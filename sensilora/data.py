@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from sensilora.errors import DataError
 DEFAULT_TEXT_FIELD = "text"
 DEFAULT_LABEL_FIELD = "label"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_WITH_FIELDS = {".jsonl", ".ndjson", ".json", *_DELIMITERS}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def read_rows(
     numeric_labels: bool = False,
     limit: int | None = None,
 ) -> list[Row]:
-    """Read JSONL (``.jsonl``, ``.json``; one object a line), CSV or TSV (``.csv``, ``.tsv``), or else plain text.
+    """Read JSONL (``.jsonl``, ``.ndjson``, ``.json``; one object a line), CSV or TSV (``.csv``, ``.tsv``), or else
+    plain text.
 
     Blank lines are skipped, and each file may have ``.gz`` behind its name. Plain text has one row a line. The first
     line of a CSV or TSV file names the columns, which are its fields; a cell that holds the delimiter or a quote
@@ -63,14 +66,18 @@ def read_rows(
         FileNotFoundError: there is no such file.
         DataError: the file is empty, no UTF-8, damaged, not what its ending says, or a row lacks a field; the message
             names the file and line.
+
+    Warns:
+        UserWarning: what is read as plain text, by its ending, begins with a JSON object.
     """
     path = Path(path)
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a JSONL, CSV, TSV or text file in it")
     if not path.exists():
         raise FileNotFoundError(f"data file {path} does not exist")
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind in {".jsonl", ".json", *_DELIMITERS}:
+    packed = path.suffix.lower() == ".gz"
+    kind = (path.with_suffix("") if packed else path).suffix.lower()
+    if kind in _WITH_FIELDS:
         if kind in _DELIMITERS:
             records = _records(path, _DELIMITERS[kind], label_field or DEFAULT_LABEL_FIELD)
         else:
@@ -88,9 +95,23 @@ def read_rows(
     else:
         rows = (Row((line,)) for line, _ in _lines(path))
     found = list(itertools.islice(rows, limit))
+    if found and kind not in _WITH_FIELDS and _is_object(found[0].texts[0]):
+        warnings.warn(
+            f"{path} is read as plain text, but its first line is a JSON object; if its lines are, let its name end "
+            "in .jsonl",
+            UserWarning,
+            stacklevel=2,
+        )
     if not found:
         raise DataError(f"{path} is empty; it must hold at least one row")
     return _with_whole_labels(found) if kind in _DELIMITERS and not numeric_labels else found
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def number(label: object) -> float:
@@ -136,7 +157,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 def _decoded(path: Path) -> Iterator[str]:
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -144,6 +165,8 @@ def _decoded(path: Path) -> Iterator[str]:
             f"{path}, line {number}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
         ) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        if str(error).startswith("Not a gzipped file"):
+            raise DataError(f"{path} is no gzip file; leave .gz out of its name") from error
         raise DataError(f"{path}: the gzip file is truncated or damaged after line {number} ({error})") from error
 
 
@@ -155,6 +178,8 @@ def _objects(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             raise DataError(
                 f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line"
             ) from error
+        except ValueError as error:  # a whole number of thousands of digits
+            raise DataError(f"{where}: {error}") from error
         if not isinstance(value, dict):
             raise DataError(f"{where}: {type(value).__name__} in the place of a JSON object; write one object a line")
         yield value, where

@@ -1,4 +1,5 @@
 import gzip
+import warnings
 
 import pytest
 
@@ -165,14 +166,40 @@ def test_other_bad_inputs(tmp_path):
         read_rows(write(tmp_path / "a.jsonl", '{"text": "x"}'), label_field="label")
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[:-9], lambda data: b"no gzip", lambda data: data[:20] + b"\0" * 40]
-)
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:20] + b"\0" * 40])
 def test_damaged_gzip(tmp_path, damage):
     path = tmp_path / "data.txt.gz"
     path.write_bytes(damage(gzip.compress(b"some text\n" * 50)))
     with pytest.raises(DataError, match=r"data.txt.gz: the gzip file is truncated or damaged"):
         read_rows(path)
+
+
+def test_a_gzip_file_that_is_none(tmp_path):
+    path = tmp_path / "data.txt.gz"
+    path.write_bytes(b"some text")
+    with pytest.raises(DataError, match=r"data.txt.gz is no gzip file; leave .gz out of its name"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.Json", "a.jsonl.GZ"])
+def test_endings_in_any_case(tmp_path, name):
+    path = tmp_path / name
+    content = b'{"text": "x", "label": 1}\n'
+    path.write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    assert read_rows(path) == [Row(("x",), 1)]
+
+
+def test_json_that_is_read_as_plain_text_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"a.log is read as plain text, but its first line is a JSON object"):
+        assert read_rows(write(tmp_path / "a.log", '{"text": "x"}')) == [Row(('{"text": "x"}',))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_rows(write(tmp_path / "a.txt", "[1] and {2}\n3"))
+
+
+def test_a_number_too_long_for_python(tmp_path):
+    with pytest.raises(DataError, match=r"a.jsonl, line 1: .*integer string conversion"):
+        read_rows(write(tmp_path / "a.jsonl", '{"text": "x", "label": ' + "1" * 5000 + "}"))
 
 
 def test_label_names():

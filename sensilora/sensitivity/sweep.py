@@ -23,7 +23,7 @@ from sensilora.sensitivity.diagonals import DiagonalWriter
 from sensilora.sensitivity.estimator import Estimator
 from sensilora.sensitivity.report import MatrixSensitivity
 
-_UNITS = {"mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
+_UNITS = {"kb": 10**3, "kib": 2**10, "mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
 _HEAD = "head:"
 _measured_adapter = TypeAdapter(dict[str, MatrixSensitivity])
 
@@ -35,10 +35,12 @@ def parse_bytes(name: str, size: str | int) -> int:
         CalibrationError: it is none of these, or not positive; `name` is the argument's.
     """
     plain = re.fullmatch(r"\d+", str(size))
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([mg]i?b)\s*", str(size).lower())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", str(size).lower())
     amount = int(plain[0]) if plain else int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if isinstance(size, bool) or not amount:
-        raise CalibrationError(f"{name}={size!r} is no size; give bytes, or for example '24GB' (MB, MiB, GB, GiB)")
+        raise CalibrationError(
+            f"{name}={size!r} is no size; give bytes, or for example '24GB' (kB, MB, GB, KiB, MiB, GiB)"
+        )
     return amount
 
 
