@@ -12,7 +12,10 @@ import math
 import os
 import random
 import re
+import socket
 import time
+import urllib.parse
+import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants as hub
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -70,8 +74,8 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
     Raises:
         ModelError: it cannot be found or holds no vocabulary.
     """
-    with _loading(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    with _loading(name, "tokenizer") as where:
+        tokenizer = AutoTokenizer.from_pretrained(str(name), **where)
     # Without vocabulary files transformers makes an empty tokenizer that turns every word into "unknown".
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(f"{name} holds no tokenizer files; add its tokenizer.json (or vocab.txt, tokenizer.model)")
@@ -132,8 +136,8 @@ def class_names(name: str | os.PathLike[str]) -> list[str]:
     Raises:
         ModelError: the model cannot be found.
     """
-    with _loading(name, "configuration"):
-        config = AutoConfig.from_pretrained(str(name))
+    with _loading(name, "configuration") as where:
+        config = AutoConfig.from_pretrained(str(name), **where)
     return [str(config.id2label[index]) for index in sorted(config.id2label)]
 
 
@@ -142,12 +146,13 @@ def _first(token_id: int | list[int] | None) -> int | None:
 
 
 def _load(loader: Any, name: str | os.PathLike[str], dtype: torch.dtype | None, **arguments: Any) -> Any:
-    with _loading(name, "model"):
+    with _loading(name, "model") as where:
         model, info = loader.from_pretrained(
             str(name),
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             output_loading_info=True,
+            **where,
             **arguments,
         )
     heads = head_names(model)
@@ -170,20 +175,56 @@ def _load(loader: Any, name: str | os.PathLike[str], dtype: torch.dtype | None, 
 
 
 @contextlib.contextmanager
-def _loading(name: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """One sentence for whatever transformers raises when a folder or hub name does not load."""
+def _loading(name: str | os.PathLike[str], what: str) -> Iterator[dict[str, Any]]:
+    """One sentence for whatever transformers raises when a folder or hub name does not load.
+
+    Gives what is to be passed to ``from_pretrained`` beside the name.
+    """
     folder = Path(name)
-    looks_local = folder.is_absolute() or str(name).startswith((".", "~")) or len(folder.parts) > 2
-    if not folder.is_dir() and (looks_local or folder.exists()):
+    if folder.is_file():
+        raise ModelError(f"{name} is a file; name the model's folder, or a hub name")
+    looks_local = folder.is_absolute() or str(name).startswith((".", "~")) or str(name).endswith(os.sep)
+    if not folder.is_dir() and (looks_local or len(folder.parts) > 2):
         raise ModelError(f"model folder {name} does not exist; name a folder with config.json, or a hub name")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"model folder {name} holds no config.json; name a folder that save_pretrained wrote")
+    if folder.is_dir() and what == "model" and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        raise ModelError(
+            f"model folder {name} holds weights as pickles only (.bin), which are not read; load them where you "
+            "trust them and call save_pretrained, which writes safetensors"
+        )
+    cached_only = not folder.is_dir() and not _hub_is_reachable()
+    where: dict[str, Any] = {"local_files_only": True} if cached_only else {}
+    if cached_only and what == "model":
+        # Or transformers would ask the hub whether there is an adapter of that name.
+        where["adapter_kwargs"] = {"local_files_only": True}
     try:
         with quiet():
-            yield
+            yield where
     except (OSError, ValueError, SafetensorError) as error:
+        if cached_only:
+            raise ModelError(
+                f"there is no folder {name} here, nor is such a {what} in the hub's cache, and the hub "
+                f"({hub.ENDPOINT}) cannot be reached; name a model folder"
+            ) from error
         reason = " ".join(str(error).split())
         raise ModelError(f"the {what} {name} cannot be loaded: {reason}") from error
+
+
+@functools.cache
+def _hub_is_reachable() -> bool:
+    """Asked once, since huggingface_hub tries for most of a minute before it gives up, at every file."""
+    if hub.HF_HUB_OFFLINE:
+        return False
+    address = urllib.parse.urlsplit(hub.ENDPOINT)
+    if address.scheme in urllib.request.getproxies():
+        return True  # only the proxy knows
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 def classification_batches(

@@ -1,5 +1,6 @@
 import math
 import re
+import socket
 
 import numpy as np
 import pytest
@@ -81,6 +82,10 @@ def _pickled_weights(folder):
     weights.unlink()
 
 
+def _no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
 def _truncated_weights(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -95,7 +100,8 @@ def _other_shape(folder):
     [
         (_no_config, "holds no config.json"),
         (_truncated_config, "cannot be loaded: .*config.json"),
-        (_pickled_weights, "cannot be loaded: .*no file named model.safetensors"),
+        (_pickled_weights, "holds weights as pickles only .*call save_pretrained, which writes safetensors"),
+        (_no_weights, "cannot be loaded: .*no file named model.safetensors"),
         (_truncated_weights, "cannot be loaded: .*(?i:incomplete)"),
         (_other_shape, r"the checkpoint's bert.encoder.layer.0.intermediate.dense.bias has another shape"),
     ],
@@ -150,6 +156,35 @@ def test_classification_batches(bert):
     assert first["labels"].tolist() == [0, -100]
     assert second["input_ids"].shape == (1, 6)
     assert second["labels"].tolist() == [1]
+
+
+def test_a_file_is_no_model_folder(bert):
+    with pytest.raises(ModelError, match=r"config.json is a file; name the model's folder"):
+        hf.load_tokenizer(bert / "config.json")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    asked = []
+
+    def refuse(address, timeout):
+        asked.append(address)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(hf.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    hf._hub_is_reachable.cache_clear()
+    try:
+        for load in (hf.load_tokenizer, hf.load_causal_lm, hf.class_names):
+            with pytest.raises(ModelError, match=r"there is no folder no-such/model here, .* cannot be reached"):
+                load("no-such/model")
+        assert asked == [("huggingface.co", 443)]
+        # What only a proxy can tell is left to huggingface_hub.
+        monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"})
+        hf._hub_is_reachable.cache_clear()
+        assert hf._hub_is_reachable()
+    finally:
+        hf._hub_is_reachable.cache_clear()
 
 
 def test_pairs_say_which_text_a_token_belongs_to(bert):
