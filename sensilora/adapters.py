@@ -121,13 +121,18 @@ def inject(
 
 def check_plan(plan: RankPlan, model: nn.Module, modules: dict[str, nn.Module], *, strict: bool) -> None:
     """Raise PlanError unless `plan` was made for `model`, whose modules, without adapters, are `modules`."""
+    if not isinstance(plan, RankPlan):
+        raise PlanError(f"the plan is a {type(plan).__name__}; pass a RankPlan, such as RankPlan.load(path) gives")
     for name, entry in plan.matrices.items():
         module = modules.get(name)
         if module is None or not is_matrix(module):
-            raise PlanError(f"the plan is for {plan.model_id}: this model has no linear layer {name!r}")
+            raise PlanError(
+                f"the plan is for {plan.model_id}: this model has no linear layer {name!r}; make a plan for it"
+            )
         if matrix_shape(module) != tuple(entry.shape):
             raise PlanError(
-                f"the plan is for {plan.model_id}: {name} is {tuple(entry.shape)} there, {matrix_shape(module)} here"
+                f"the plan is for {plan.model_id}: {name} is {tuple(entry.shape)} there, {matrix_shape(module)} "
+                "here; make a plan for this one"
             )
     if strict and plan.fingerprint and plan.fingerprint != fingerprint(model):
         raise PlanError(

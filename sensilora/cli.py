@@ -6,17 +6,20 @@ Everything heavy is imported inside the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib.util
 import json
 import math
+import os
 import random
 import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -76,7 +79,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     except OSError as error:
         return _fail(_about_files(error))
     if code == 130:
-        print("interrupted; partial results were removed", file=sys.stderr)
+        print("interrupted; nothing half-written remains", file=sys.stderr)
     return code or 0
 
 
@@ -197,6 +200,15 @@ class Form(str, Enum):
     peft = "peft"
     axolotl = "axolotl"
     blank_adapter = "blank-adapter"
+
+
+class TaskType(str, Enum):
+    CAUSAL_LM = "CAUSAL_LM"
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 class Device(str, Enum):
@@ -368,8 +380,11 @@ def plan(
     ] = 1,
     probes: Annotated[int, typer.Option("--probes", min=2, help="Hutchinson: the most probes a matrix takes.")] = 64,
     min_probes: Annotated[
-        int, typer.Option("--min-probes", min=2, help="Hutchinson: the least, and between two looks at the error.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            "--min-probes", min=2, help="Hutchinson: the least, and between two looks at the error [8, or --probes]."
+        ),
+    ] = None,
     tolerance: Annotated[
         float,
         typer.Option(
@@ -451,9 +466,19 @@ def plan(
 
     Give exactly one of --average-rank, --total-rank and --total-parameters.
     """
-    _check_outputs([path for path in (output, report, plot) if path is not None], force)
+    _check_outputs([path for path in (output, report, plot) if path is not None], force, [Path(model), data])
     if plot is not None:
         _check_picture(plot)
+    budgets = {"average-rank": average_rank, "total-rank": total_rank, "total-parameters": total_parameters}
+    given = {f"--{name}": value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise typer.BadParameter(
+            "give exactly one of --average-rank, --total-rank and --total-parameters, not "
+            + (" and ".join(given) or "none of them")
+        )
+    for flag, value in given.items():
+        if not 0 < value < math.inf:
+            raise typer.BadParameter(f"{flag} must be a number above 0, not {value}")
 
     from sensilora.sensitivity.diagonals import remove_diagonals
     from sensilora.sensitivity.report import SensitivityReport
@@ -471,7 +496,7 @@ def plan(
     from sensilora.allocation import allocate
     from sensilora.sensitivity.calibrate import calibrate
 
-    names = _classes(model, task, rows)
+    names = _classes(model, task, rows, data)
     loaded, tokenizer = _load(model, names, device, dtype, seed)
     wanted: str | list[str] = targets
     if targets != "all-linear" and re.fullmatch(r"[\w.,-]+", targets):
@@ -510,7 +535,7 @@ def plan(
             labels=labels.value,
             draws=draws,
             probes=probes,
-            min_probes=min_probes,
+            min_probes=min(8, probes) if min_probes is None else min_probes,
             tolerance=tolerance,
             hvp=hvp.value,
             seed=seed,
@@ -526,11 +551,12 @@ def plan(
         print(f"interrupted; run the same command again to go on from {checkpoint}", file=sys.stderr)
         raise SystemExit(130) from interrupt
     made = allocate(measured, **options)
-    if report is not None:
-        measured.save(report)
-    made.save(output)
-    if plot is not None:
-        made.plot(plot)
+    with _all_or_none() as written:
+        if report is not None:
+            written(report, measured.save)
+        written(output, made.save)
+        if plot is not None:
+            written(plot, made.plot)
     _print(_plan_table(made))
     if earlier is not None:
         _print(measured.compare(earlier, weights=made.allocation.weights))
@@ -576,7 +602,7 @@ def train(
     """
     if not (0 < epochs < math.inf and 0 < learning_rate < math.inf):
         raise typer.BadParameter("epochs and learning rate must be finite numbers above 0")
-    _check_folder(output, force)
+    _check_folder(output, force, [Path(model), plan, data, *([] if eval_data is None else [eval_data])])
 
     from sensilora import _files
     from sensilora.adapters import inject, save_adapter
@@ -586,7 +612,9 @@ def train(
     ranks = RankPlan.load(plan, allow_edited=allow_edited)
     rows = _rows(data, task, text_field, label_field)
     held_out = None if eval_data is None else _rows(eval_data, task, text_field, label_field)
-    names = _classes(model, task, rows, must_be_labelled=True)
+    names = _classes(model, task, rows, data, must_be_labelled=True)
+    if names is not None and held_out is not None:
+        _require_labels(held_out, eval_data)
     loaded, tokenizer = _load(model, names, device, dtype, seed)
     inject(loaded, ranks, dropout=dropout, modules_to_save=outermost_heads(loaded) if names else [])
 
@@ -668,13 +696,15 @@ def evaluate(
     config: ConfigOption = None,
 ) -> None:
     """Measure a model with its adapter: accuracy and macro-F1 of a classifier, perplexity of a causal model."""
-    _check_outputs([json_file] if json_file is not None else [], force)
+    _check_outputs([json_file] if json_file is not None else [], force, [Path(model), adapter, data])
 
     from sensilora import _files
     from sensilora.adapters import load_adapter
 
     names = _adapter_classes(adapter, model)
     rows = _rows(data, Task.causal if names is None else Task.classification, text_field, label_field)
+    if names is not None:
+        _require_labels(rows, data)
     loaded, tokenizer = _load(model, names, device, dtype, seed=0)
     load_adapter(loaded, adapter)
     figures = _evaluated(loaded, _batches(loaded, tokenizer, rows, names, max_length, batch_size), names)
@@ -703,7 +733,9 @@ def compare(
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Plan to compare; else one is made (activation, --average-rank).")
     ] = None,
-    average_rank: Annotated[int, typer.Option("--average-rank", min=1, help="Without --plan: ranks a matrix.")] = 4,
+    average_rank: Annotated[
+        int | None, typer.Option("--average-rank", min=1, help="Without --plan: ranks a matrix [4].")
+    ] = None,
     regression: Annotated[bool, typer.Option("--regression", help="Labels are numbers and not classes.")] = False,
     metric: Annotated[
         str | None,
@@ -750,6 +782,9 @@ def compare(
     and EVA can be compared too; AdaLoRA's seeds train one after another.
     """
     _check_matplotlib()
+    if plan is not None and average_rank is not None:
+        raise typer.BadParameter("--average-rank is for a plan that is made; leave it out with --plan")
+    _check_not_input(output, [Path(model), data, *(path for path in (eval_data, plan) if path is not None)])
 
     import torch
 
@@ -761,8 +796,7 @@ def compare(
     if eval_data is not None:
         held_out = _rows(eval_data, Task.classification, text_field, label_field, numeric_labels=regression)
     else:
-        random.Random(seed).shuffle(rows)
-        rows, held_out = rows[len(rows) // 5 :], rows[: len(rows) // 5]
+        rows, held_out = _held_out(rows, seed, by_label=not regression)
         if not held_out:
             raise DataError(f"{data} has too few rows to hold some out; name others with --eval-data")
     classified = not regression and all(row.label is not None for row in rows)
@@ -772,9 +806,9 @@ def compare(
             model,
             rows,
             held_out,
-            classes=_classes(model, Task.classification, rows) if classified else None,
+            classes=_classes(model, Task.classification, rows, data) if classified else None,
             plan=ranks,
-            average_rank=average_rank,
+            average_rank=average_rank or 4,
             metric=metric,
             seeds=seeds,
             seed=seed,
@@ -836,6 +870,10 @@ def export(
         Path | None,
         typer.Option("--axolotl-config", metavar="FILE", help="axolotl: config whose other fields are written too."),
     ] = None,
+    task_type: Annotated[
+        TaskType | None,
+        typer.Option("--task-type", help="blank-adapter: PEFT's kind of the model it is for [CAUSAL_LM]."),
+    ] = None,
     dropout: DropoutOption = 0.0,
     seed: SeedOption = 0,
     dtype: DtypeOption = Dtype.auto,
@@ -844,10 +882,13 @@ def export(
     config: ConfigOption = None,
 ) -> None:
     """Write a trained adapter, or a plan, in the form that another tool takes."""
+    inputs = [source, *(Path(path) for path in (model, axolotl_config) if path is not None)]
     if to is Form.axolotl:
-        _check_outputs([output], force)
+        _check_outputs([output], force, inputs)
     else:
-        _check_folder(output, force)
+        _check_folder(output, force, inputs)
+    if task_type is not None and to is not Form.blank_adapter:
+        raise typer.BadParameter("--task-type is for --to blank-adapter; a trained adapter has its own")
 
     from sensilora.adapters import read_adapter
     from sensilora.integrations import export as exports
@@ -858,18 +899,22 @@ def export(
         exports.export_axolotl(plan, output, base=axolotl_config, force=force)
     elif to is Form.blank_adapter:
         plan = RankPlan.load(source, allow_edited=allow_edited)
-        exports.export_blank_adapter(plan, output, dropout=dropout, seed=seed, force=force)
+        kind = (task_type or TaskType.CAUSAL_LM).value
+        exports.export_blank_adapter(plan, output, task_type=kind, dropout=dropout, seed=seed, force=force)
     elif to is Form.peft:
         exports.export_peft(source, output, force=force)
     elif to is Form.uniform:
         plan_file = source / PLAN_FILE
-        planned = RankPlan.load(plan_file, allow_edited=True).matrices if plan_file.is_file() else {}
-        dropped = {name: entry.shape for name, entry in planned.items() if entry.rank == 0}
+        dropped = None
+        if plan_file.is_file():
+            planned = RankPlan.load(plan_file, allow_edited=True).matrices
+            dropped = {name: entry.shape for name, entry in planned.items() if entry.rank == 0}
         exports.export_uniform(source, output, dropped=dropped, force=force)
     else:
         base = model or read_adapter(source)[0].base_model_name_or_path
         if not base:
             raise AdapterError(f"{source} does not name its base model; pass --model")
+        _check_not_input(output, [Path(base)])
         names = _adapter_classes(source, base)
         loaded, tokenizer = _load(base, names, Device.cpu, dtype, seed=0)
         exports.export_merged(loaded, tokenizer, source, output, force=force)
@@ -887,7 +932,7 @@ def plot(
     config: ConfigOption = None,
 ) -> None:
     """Draw a plan's ranks by layer and projection, for global, local and fused scores."""
-    _check_outputs([output], force)
+    _check_outputs([output], force, [plan])
     _check_picture(output)
 
     from sensilora.plan import RankPlan
@@ -933,20 +978,60 @@ def doctor(
     _print(table)
 
 
-def _check_outputs(paths: Sequence[Path], force: bool) -> None:
-    """Before the work and not after it: no output may exist, unless it may be overwritten."""
+def _check_outputs(paths: Sequence[Path], force: bool, inputs: Sequence[Path]) -> None:
+    """Before the work and not after it: each output can be written, and none exists, unless it may be overwritten."""
     if len({path.resolve() for path in paths}) < len(paths):
         raise OutputExistsError(f"two outputs have the same path among {', '.join(map(str, paths))}; name them apart")
     for path in paths:
         if path.is_dir():
             raise OutputExistsError(f"output {path} is a folder; name a file")
+        _check_not_input(path, inputs)
         if path.exists() and not force:
             raise OutputExistsError(f"output {path} exists already; pass --force to overwrite it")
+        _check_place(path)
 
 
-def _check_folder(path: Path, force: bool) -> None:
+def _check_folder(path: Path, force: bool, inputs: Sequence[Path]) -> None:
+    _check_not_input(path, inputs)
     if path.is_dir() and any(path.iterdir()) and not force:
         raise OutputExistsError(f"output folder {path} exists already; pass --force to overwrite it")
+    _check_place(path)
+
+
+def _check_not_input(output: Path, inputs: Sequence[Path]) -> None:
+    """Neither may an output replace what the command reads, nor the folder that this is in."""
+    place = output.resolve()
+    for path in inputs:
+        if path.exists() and (path.resolve() == place or (output.is_dir() and place in path.resolve().parents)):
+            raise OutputExistsError(f"output {output} would replace {path}, which is read; name another")
+
+
+def _check_place(path: Path) -> None:
+    """The nearest folder above that is there can be written into."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise OutputExistsError(f"output {path} cannot be written: {above} is a file; name another")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputExistsError(f"output {path} cannot be written: {above} may not be written into; name another")
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[Callable[[Path, Callable[[Path], Any]], None]]:
+    """A function that writes a file by another; if one fails, those that were not there before go."""
+    new: list[Path] = []
+
+    def write(path: Path, save: Callable[[Path], Any]) -> None:
+        existed = path.exists()
+        save(path)
+        if not existed:
+            new.append(path)
+
+    try:
+        yield write
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _check_picture(path: Path) -> None:
@@ -985,8 +1070,31 @@ def _rows(
     return rows
 
 
+def _held_out(rows: Sequence[Row], seed: int, *, by_label: bool) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and a fifth that is drawn at random; `by_label` of each class, of which a row is kept."""
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    if not by_label:
+        return shuffled[len(rows) // 5 :], shuffled[: len(rows) // 5]
+    seen: Counter[Any] = Counter()
+    kept: list[Row] = []
+    held_out: list[Row] = []
+    for row in shuffled:
+        (held_out if seen[row.label] % 5 == 4 else kept).append(row)
+        seen[row.label] += 1
+    return kept, held_out
+
+
+def _require_labels(rows: Sequence[Row], data: Path | None) -> None:
+    unlabelled = sum(row.label is None for row in rows)
+    if unlabelled:
+        raise DataError(
+            f"{data}: {unlabelled} of {len(rows)} rows have no label to compare with; complete them, or name their "
+            "field (--label-field)"
+        )
+
+
 def _classes(
-    model: str, task: Task, rows: Sequence[Row], *, must_be_labelled: bool = False
+    model: str, task: Task, rows: Sequence[Row], data: Path, *, must_be_labelled: bool = False
 ) -> list[int | str] | None:
     """The classes of the rows, in the model's order where it knows them by name; None for the causal task.
 
@@ -997,8 +1105,8 @@ def _classes(
         return None
     if 0 < unlabelled < len(rows) or (unlabelled and must_be_labelled):
         raise DataError(
-            f"{unlabelled} of {len(rows)} rows have no label; complete them, name their field (--label-field), or "
-            "pass --task causal"
+            f"{data}: {unlabelled} of {len(rows)} rows have no label; complete them, name their field "
+            "(--label-field), or pass --task causal"
         )
 
     from sensilora.data import label_names
@@ -1007,7 +1115,10 @@ def _classes(
     known = class_names(model)
     if unlabelled:
         return list(known)
-    found = label_names(rows)
+    try:
+        found = label_names(rows)
+    except DataError as error:
+        raise DataError(f"{data}: {error}") from error
     by_name = {str(label): label for label in found}
     return [by_name[name] for name in known] if by_name.keys() == set(known) else found
 

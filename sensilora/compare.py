@@ -37,7 +37,15 @@ from sensilora.adapters import check_plan
 from sensilora.allocation import allocate, assign_ranks
 from sensilora.data import Row, number
 from sensilora.demo import peak_memory
-from sensilora.errors import DataError, ModelError, NonFiniteError, OutputExistsError, PlanError, SensiloraError
+from sensilora.errors import (
+    BudgetError,
+    DataError,
+    ModelError,
+    NonFiniteError,
+    OutputExistsError,
+    PlanError,
+    SensiloraError,
+)
 from sensilora.integrations.transformers import (
     accuracy_and_macro_f1,
     encode_classification,
@@ -334,8 +342,11 @@ def run_compare(
     if not set(task.settings.arms).isdisjoint(_OF_PEFT):
         adalora_steps = _steps(task) if ADALORA in task.settings.arms else None
         _adaptive().check_comparable(plan, adalora_steps)
-    folder = _opened(Path(output), task.settings, force)
-    plan = _plan(task, plan, folder, progress)
+    folder = Path(output)
+    goes_on = _is_ours(folder, task.settings, force)
+    plan = _plan(task, plan, folder if goes_on else None, progress)
+    if not goes_on:
+        _begin(folder, task.settings, plan)
     starts = _eva_starts(task, plan, folder)
     plans = arm_plans(plan, task.settings, starts)
     records = _records(folder, plans)
@@ -421,27 +432,39 @@ def _encoded(
     return [example | {"labels": number(row.label)} for example, row in zip(examples, rows, strict=True)]
 
 
-def _opened(folder: Path, settings: Settings, force: bool) -> Path:
-    """The folder, holding these settings; what another comparison left there is removed under `force`."""
-    written = json.dumps(asdict(settings), indent=1) + "\n"
+def _is_ours(folder: Path, settings: Settings, force: bool) -> bool:
+    """Whether the folder holds a comparison with these settings, which goes on.
+
+    Raises:
+        OutputExistsError: it holds something else, or another comparison and `force` is false.
+    """
     file = folder / _SETTINGS_FILE
     if folder.is_file():
         raise OutputExistsError(f"output {folder} is a file; name a folder")
     if file.is_file():
-        if file.read_text() == written:
-            return folder
-        if not force:
+        if file.read_text() == _as_text(settings) and (folder / _PLAN_FILE).is_file():
+            return True
+        if not force and file.read_text() != _as_text(settings):
             raise OutputExistsError(
-                f"output folder {folder} holds a comparison with other settings or data; name another folder, or "
-                "pass --force (force=True) to begin anew"
+                f"output folder {folder} holds a comparison with other settings, data or weights; name another "
+                "folder, or pass --force (force=True) to begin anew"
             )
-        results = (_PLAN_FILE, _EVA_FILE, _CHECKPOINT_FILE, RESULT_FILE, PICTURE_FILE)
-        for old in (*folder.glob("runs/*.json"), *(folder / name for name in results)):
-            old.unlink(missing_ok=True)
     elif folder.is_dir() and any(folder.iterdir()):
         raise OutputExistsError(f"output folder {folder} holds files that are no comparison; name another folder")
-    _files.write_text(file, written)
-    return folder
+    return False
+
+
+def _begin(folder: Path, settings: Settings, plan: RankPlan) -> None:
+    """Write settings and plan, after all that can be wrong with them, and remove what another comparison left."""
+    results = (_PLAN_FILE, _EVA_FILE, _CHECKPOINT_FILE, RESULT_FILE, PICTURE_FILE)
+    for old in (*folder.glob("runs/*.json"), *(folder / name for name in results)):
+        old.unlink(missing_ok=True)
+    _files.write_text(folder / _SETTINGS_FILE, _as_text(settings))
+    plan.save(folder / _PLAN_FILE)
+
+
+def _as_text(settings: Settings) -> str:
+    return json.dumps(asdict(settings), indent=1) + "\n"
 
 
 def _record_file(folder: Path, run: Run) -> Path:
@@ -456,16 +479,19 @@ def _records(folder: Path, plans: Mapping[Run, RankPlan]) -> dict[Run, dict[str,
 # Plans
 
 
-def _plan(task: Task, plan: RankPlan | None, folder: Path, progress: bool) -> RankPlan:
-    """The plan of the comparison, which the folder keeps."""
-    file = folder / _PLAN_FILE
-    if file.is_file():
-        return RankPlan.load(file)
+def _plan(task: Task, plan: RankPlan | None, folder: Path | None, progress: bool) -> RankPlan:
+    """The plan of the comparison: the folder's, the given one, or one that is made.
+
+    Raises:
+        PlanError: there is nothing to compare it with.
+    """
+    if folder is not None:
+        return RankPlan.load(folder / _PLAN_FILE)
     if plan is None:
         settings = task.settings
         report = calibrate(task.model, calibration_batches(task), seed=settings.seed, progress=progress)
         plan = plan_of(report, settings.average_rank)
-    plan.save(file)
+    arm_plans(plan, task.settings)
     return plan
 
 
@@ -534,7 +560,13 @@ def plan_of(report: SensitivityReport, average_rank: int) -> RankPlan:
     """The plan for as many parameters as uniform LoRA of this rank has.
 
     At an average of 1 a matrix may go without, or there would be nothing to allot.
+
+    Raises:
+        BudgetError: a matrix is too small for that rank.
     """
+    largest = min(min(report[name].shape) for name in report)
+    if average_rank > largest:
+        raise BudgetError(f"average_rank {average_rank} does not fit the smallest matrix; give at most {largest}")
     budget = average_rank * sum(sum(report[name].shape) for name in report)
     return allocate(report, total_parameters=budget, min_rank=min(average_rank - 1, 1))
 
@@ -1133,11 +1165,16 @@ class Difference:
     @property
     def _is_constant(self) -> bool:
         """Whether the difference is the same in every seed, by chance: that leaves its noise unknown, not absent."""
-        return self.standard_error < 1e-12 < abs(self.mean)
+        return self.standard_error < 1e-12
 
     def sentence(self, metric: str) -> str:
         """What the interval says, in words."""
         name = metric.replace("_", "-")
+        if self._is_constant and abs(self.mean) < 1e-12:
+            return (
+                f"The plan and {TITLES[self.arm]} have the same {name} in each of {self.seeds} seeds, which says "
+                "nothing about the noise: take more seeds or more evaluation rows."
+            )
         if self._is_constant:
             return (
                 f"The plan and {TITLES[self.arm]} differ by {100 * self.mean:+.2f} points of {name} in each of "

@@ -313,6 +313,9 @@ class RankPlan(_Record):
                 repeated or out-of-range field (which the message names), or was edited.
         """
         data = _read_object(path)
+        if "budget" not in data:
+            what = "a sensitivity report" if "estimator" in data else "something else"
+            raise PlanError(f"{path} is {what} and no rank plan; name the file that `sensilora plan --output` wrote")
         if data.get("schema_version") != SCHEMA_VERSION:
             raise PlanError(
                 f"{path}: schema_version is {data.get('schema_version')!r}, and this version of sensilora reads "
@@ -428,10 +431,14 @@ def _read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
+    except IsADirectoryError as error:
+        raise PlanError(f"the plan {path} is a folder; name the plan's JSON file") from error
     except OSError as error:
         raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} is not complete JSON ({error}); it was truncated or damaged") from error
+        raise PlanError(
+            f"{path} is not complete JSON ({error}); it is no plan, or was truncated or damaged"
+        ) from error
     if not isinstance(data, dict):
         raise PlanError(f"{path} holds no JSON object, so it is not a rank plan")
     return data

@@ -224,10 +224,45 @@ def test_exports_of_a_plan(files, causal, work, capsys):
     blank = json.loads(Path("blank/adapter_config.json").read_text())
     assert sorted(blank["rank_pattern"].values()) == ranks
     assert blank["lora_dropout"] == 0.1
+    assert blank["task_type"] == "CAUSAL_LM"
+    kind = ("--task-type", "SEQ_CLS", "--output", "blank-classifier")
+    succeed(capsys, "export", causal["plan"], "--to", "blank-adapter", *kind)
+    assert json.loads(Path("blank-classifier/adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     for form in ("axolotl", "blank-adapter"):
         assert run("export", causal["adapter"], "--to", form, "--output", "x") == 2
-        assert "cannot read the plan" in one_sentence(capsys)
+        assert "is a folder; name the plan's JSON file" in one_sentence(capsys)
     assert not Path("x").exists()
+
+
+def test_an_exported_classifier_knows_its_classes(files, work, capsys):
+    tiny_models.write_labelled(work / "named.jsonl", 40, names=("bad", "good"))
+    succeed(capsys, "plan", files / "bert", "named.jsonl", "--average-rank", 2)
+    succeed(capsys, "train", files / "bert", "plan.json", "named.jsonl", "--epochs", 1)
+    expected = succeed(capsys, "evaluate", files / "bert", "adapter", "named.jsonl").splitlines()[1:]
+    for form in ("peft", "uniform"):
+        succeed(capsys, "export", "adapter", "--to", form, "--output", form)
+        assert succeed(capsys, "evaluate", files / "bert", form, "named.jsonl").splitlines()[1:] == expected
+
+
+def test_an_output_that_has_no_place_is_told_at_once(files, work, capsys):
+    Path("file").touch()
+    assert run("plan", "nowhere", "missing.jsonl", "--average-rank", 2, "--output", "file/plan.json") == 2
+    assert f"output file/plan.json cannot be written: {work / 'file'} is a file" in one_sentence(capsys)
+    if os.geteuid() != 0:  # who may write anywhere
+        Path("locked").mkdir(mode=0o500)
+        assert run("plan", "nowhere", "missing.jsonl", "--average-rank", 2, "--output", "locked/plan.json") == 2
+        assert "locked may not be written into" in one_sentence(capsys)
+
+
+def test_a_plan_with_all_its_files_or_none(files, work, capsys, monkeypatch):
+    def full(self, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(RankPlan, "plot", full)
+    arguments = ("--average-rank", 2, "--report", "report.json", "--plot", "ranks.png")
+    assert run("plan", files / "bert", files / "train.jsonl", *arguments) == 2
+    assert "no space is left on the disk" in one_sentence(capsys)
+    assert not list(work.iterdir())
 
 
 def test_same_seed_same_plan_and_adapter(files, work, capsys):
@@ -293,7 +328,9 @@ def test_plan_by_probes_of_the_hessian(files, work, capsys):
     assert (report.probes, report.min_probes, report.tolerance) == (5, 3, 0)
     assert all(report[name].probes.count == 5 for name in report)
     assert (plan.calibration.estimator, sum(plan.ranks.values())) == ("hutchinson", 8)
-    assert run(*planned, *probing, "--probes", 4) == 2
+    succeed(capsys, *planned, *probing, "--probes", 4, "--tolerance", 0)
+    assert RankPlan.load("plan.json").calibration.min_probes == 4
+    assert run(*planned, *probing, "--probes", 4, "--min-probes", 8) == 2
     assert "min_probes=8: it must be at least 2 and at most probes=4" in capsys.readouterr().err
     assert run(*planned, *probing, "--labels", "model") == 2
     assert "use 'fisher' for labels='model'" in capsys.readouterr().err
@@ -472,8 +509,15 @@ def one_sentence(capsys):
     [
         (("plan", "{bert}", "missing.jsonl", "--average-rank", 4), "missing.jsonl does not exist"),
         (("plan", "./nowhere", "{train}", "--average-rank", 4), "model folder ./nowhere does not exist"),
-        (("plan", "{bert}", "{train}"), "give exactly one of average_rank, total_rank, total_parameters"),
+        (
+            ("plan", "{bert}", "{train}"),
+            "give exactly one of --average-rank, --total-rank and --total-parameters, not none",
+        ),
         (("plan", "{bert}", "{train}", "--average-rank", 4, "--total-rank", 9), "give exactly one of"),
+        (("plan", "nowhere", "{train}", "--average-rank", 0), "--average-rank must be a number above 0, not 0"),
+        (("plan", "nowhere", "{train}", "--average-rank", "nan"), "--average-rank must be a number above 0, not nan"),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "-o", "{train}", "--force"), "would replace"),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "-o", "/proc/1/plan.json", "--plot", "x.png"), "/proc/1"),
         (("plan", "{bert}"), "Missing argument 'DATA' (see sensilora plan --help)"),
         (("plan", "{bert}", "{train}", "--avrage-rank", 4), "No such option"),
         (("plan", "{bert}", "{train}", "--samples", -1), "'--samples'"),
@@ -506,7 +550,16 @@ def one_sentence(capsys):
         (("train", "{bert}", "{plan}", "{corpus}", "--task", "classification"), "96 of 96 rows have no label"),
         (("evaluate", "{bert}", "nowhere", "{train}"), "nowhere/adapter_config.json does not exist"),
         (("evaluate", "{llama}", "{adapter}", "{train}"), "which does not fit this model"),
-        (("evaluate", "{bert}", "{adapter}", "{corpus}"), "no row has a label"),
+        (
+            ("train", "{bert}", "{plan}", "{train}", "--eval-data", "{corpus}"),
+            "corpus.txt: 96 of 96 rows have no label",
+        ),
+        (("train", "{bert}", "{plan}", "{train}", "--output", "{bert}", "--force"), "would replace"),
+        (("evaluate", "{bert}", "{adapter}", "{corpus}"), "corpus.txt: 96 of 96 rows have no label to compare with"),
+        (("evaluate", "{bert}", "{adapter}", "{train}", "--json", "{train}", "--force"), "would replace"),
+        (("export", "{adapter}", "--to", "peft", "--output", "{adapter}", "--force"), "would replace"),
+        (("export", "{adapter}", "--to", "merged", "--output", "{bert}", "--force"), "would replace"),
+        (("export", "{adapter}", "--to", "peft", "-o", "x", "--task-type", "SEQ_CLS"), "is for --to blank-adapter"),
         (("export", "{adapter}", "--to", "pickle", "--output", "x"), "'pickle' is not one of"),
         (("export", "{adapter}", "--to", "merged"), "Missing option '--output'"),
         (("export", "nowhere", "--to", "uniform", "--output", "x"), "nowhere/adapter_config.json does not exist"),
@@ -714,7 +767,7 @@ def test_ctrl_c_during_training_removes_everything(files, classifier, work):
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130, rest
-    assert rest.rstrip().endswith(b"interrupted; partial results were removed")
+    assert rest.rstrip().endswith(b"interrupted; nothing half-written remains")
     assert b"Traceback" not in rest
     assert content(work) == set()
 

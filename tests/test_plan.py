@@ -400,8 +400,11 @@ def test_every_changed_byte_is_found(plan, file):
 def test_files_that_are_no_plan(tmp_path):
     with pytest.raises(PlanError, match=r"cannot read the plan .*nowhere.json: No such file"):
         RankPlan.load(tmp_path / "nowhere.json")
-    with pytest.raises(PlanError, match="cannot read the plan"):
+    with pytest.raises(PlanError, match="is a folder; name the plan's JSON file"):
         RankPlan.load(tmp_path)
+    report = encoder_report(layers=1).save(tmp_path / "report.json")
+    with pytest.raises(PlanError, match=r"report.json is a sensitivity report and no rank plan"):
+        RankPlan.load(report)
     other = tmp_path / "other.json"
     other.write_text("[1, 2]")
     with pytest.raises(PlanError, match="holds no JSON object"):

@@ -35,7 +35,9 @@ from sensilora.plan import RankPlan
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
-CARD_FILE = "README.md"
+# What an adapter's folder may hold beside the adapter: its card, and the log of `sensilora train`, which names the
+# classes of a classifier.
+_BESIDE = ("README.md", "training.json")
 
 # Loaders of other versions and other tools refuse fields that they do not know.
 _KEPT_FIELDS = ("task_type", "lora_dropout", "base_model_name_or_path", "fan_in_fan_out", "modules_to_save")
@@ -70,7 +72,7 @@ def export_peft(adapter: str | os.PathLike[str], output: str | os.PathLike[str],
         "rank_pattern": {pattern_key(name): rank for name, rank in ranks.items()},
         "alpha_pattern": {pattern_key(name): alpha for name, alpha in alphas.items()},
     }
-    return _write(output, force, {**_kept_fields(adapter), **fields}, pairs, plain, card=_card(adapter))
+    return _write(output, force, {**_kept_fields(adapter), **fields}, pairs, plain, beside=_beside(adapter))
 
 
 def export_uniform(
@@ -83,13 +85,15 @@ def export_uniform(
     """Write an adapter of one rank that computes the same, for servers that know no rank or alpha patterns.
 
     lora_A and lora_B are padded with zeros to the largest rank, each matrix's scale is folded into its lora_B (and
-    rounded to lora_B's dtype), and lora_alpha equals r. Some servers need every layer to have the same modules: where
-    a layer lacks one that other layers have, and for the `dropped` ones, an adapter of zeros is written.
+    rounded to lora_B's dtype), and lora_alpha equals r. Some servers need every layer to have the same modules: an
+    adapter of zeros is written for the `dropped` ones or, where these are not known, for what a layer lacks and
+    others have.
 
     Args:
         adapter: folder with adapter_config.json and adapter_model.safetensors, this package's or PEFT's.
         output: folder to write, whole or not at all.
-        dropped: (out_features, in_features) by name of matrices that the plan gave rank 0.
+        dropped: (out_features, in_features) by name of matrices that the plan gave rank 0; None where there is no
+            plan to tell.
         force: replace `output` if it exists.
 
     Returns:
@@ -102,12 +106,12 @@ def export_uniform(
     rank = max(lora_A.shape[0] for lora_A, _ in pairs.values())
     uniform = {name: _padded(*pair, config.scaling_of(name), rank) for name, pair in pairs.items()}
     dtype = next(iter(pairs.values()))[0].dtype
-    for name, (out_features, in_features) in {**_gaps(pairs), **(dropped or {})}.items():
+    for name, (out_features, in_features) in (_gaps(pairs) if dropped is None else dropped).items():
         if name not in uniform:
             zeros = torch.zeros(rank, in_features, dtype=dtype), torch.zeros(out_features, rank, dtype=dtype)
             uniform[name] = zeros
     fields = {**_kept_fields(adapter), "r": rank, "lora_alpha": rank}
-    return _write(output, force, fields, uniform, plain, card=_card(adapter))
+    return _write(output, force, fields, uniform, plain, beside=_beside(adapter))
 
 
 def export_merged(
@@ -306,9 +310,9 @@ def _kept_fields(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     return {key: source[key] for key in _KEPT_FIELDS if source.get(key)}
 
 
-def _card(adapter: str | os.PathLike[str]) -> bytes | None:
-    card = Path(adapter) / CARD_FILE
-    return card.read_bytes() if card.is_file() else None
+def _beside(adapter: str | os.PathLike[str]) -> dict[str, bytes]:
+    files = [Path(adapter) / name for name in _BESIDE]
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 def _write(
@@ -317,7 +321,7 @@ def _write(
     fields: dict[str, Any],
     pairs: Pairs,
     plain: dict[str, Tensor],
-    card: bytes | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Path:
     config = {
         "peft_type": "LORA",
@@ -335,6 +339,6 @@ def _write(
     with _files.output_folder(output, force=force) as temporary:
         _files.write_text(temporary / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         _files.write_tensors(temporary / WEIGHTS_FILE, tensors)
-        if card is not None:
-            _files.write_bytes(temporary / CARD_FILE, card)
+        for name, content in (beside or {}).items():
+            _files.write_bytes(temporary / name, content)
     return Path(output)
