@@ -630,7 +630,9 @@ class _Findings:
             alpha=f"{100 * calibration.alpha:g}",
             activation_table=self._matrix_table("activation"),
             fisher_table=self._matrix_table("fisher"),
-            settings=_markdown_table(["setting", "value"], [[k, str(v)] for k, v in asdict(settings).items()]),
+            settings=_markdown_table(
+                ["setting", "value"], [[k, "all" if v is None else str(v)] for k, v in asdict(settings).items()]
+            ),
             weight_decay=_WEIGHT_DECAY,
             warmup=f"{100 * _WARMUP_SHARE:g}",
             seconds=f"{self.seconds:.0f}",

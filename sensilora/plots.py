@@ -53,8 +53,9 @@ def plot_ranks(plan: RankPlan, path: str | os.PathLike[str] | None = None) -> Fi
     cell_width = min(0.62, max(0.31 if max(values) < 100 else 0.38, 9.0 / len(columns)))
     width = 2.6 + 0.075 * max(map(len, rows)) + cell_width * len(columns)
     figure.set_size_inches(max(6.5, width), 1.2 + len(panels) * (0.95 + 0.29 * len(rows)))
+    low, high = min(values), max(*values, min(values) + 1)
     # The square root keeps one large rank from making all the others one colour.
-    norm = PowerNorm(0.5, vmin=min(values), vmax=max(*values, min(values) + 1))
+    norm = PowerNorm(0.5, vmin=low, vmax=high)
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (title, ranks) in zip(axes, panels, strict=True):
         grid = np.full((len(rows), len(columns)), np.nan)
@@ -77,7 +78,7 @@ def plot_ranks(plan: RankPlan, path: str | os.PathLike[str] | None = None) -> Fi
         axis.set_facecolor("0.94")
         axis.spines[:].set_visible(False)
     axes[-1].set_xlabel("layer")
-    ticks = MaxNLocator(integer=True)
+    ticks = sorted({low, *(tick for tick in MaxNLocator(integer=True).tick_values(low, high) if low < tick <= high)})
     figure.colorbar(image, ax=list(axes), label="LoRA rank", fraction=0.03, pad=0.01, aspect=40, ticks=ticks)
     budget = f"{plan.budget.kind.replace('_', ' ')} {plan.budget.value:,}"
     # The end of a long path tells more than its beginning.
@@ -187,7 +188,9 @@ def plot_comparison(
 def _label(axis: Axes, quantity: str, per_step: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_title("training loss (smoothed)" if per_step else quantity.replace("_", " "), fontsize=11)
+    axis.set_title(
+        "training loss (smoothed; pale: each step)" if per_step else quantity.replace("_", " "), fontsize=11
+    )
     axis.set_xlabel("step" if per_step else "epoch")
     axis.set_ylabel("loss" if per_step else quantity.replace("_", " "))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
