@@ -212,7 +212,13 @@ def _adapted(
 ) -> Tensor:
     """base(x) + s (drop(x) Aᵀ) Bᵀ."""
     if is_quantised(layer.base_layer):
-        return lora_update(layer.base_layer(x), x, lora_A, lora_B, scaling, dropout_p=dropout_p)
+        y = layer.base_layer(x)
+        if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+            raise AdapterError(
+                "the quantised base layer passes no gradient on: bitsandbytes packs 4-bit weights for some CPUs when "
+                "they are first used for inference; load the model anew to train it there, or train on a GPU"
+            )
+        return lora_update(y, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
     weight = layer.weight.t() if is_conv1d(layer.base_layer) else layer.weight
     return lora_linear(x, weight, layer.bias, lora_A, lora_B, scaling, dropout_p=dropout_p)
 

@@ -208,6 +208,17 @@ def test_deepcopy_and_state_dict_round_trip(kind):
     assert "rank=3" in repr(layer)
 
 
+def test_a_quantised_base_that_passes_no_gradient_on_is_told(monkeypatch):
+    layer = VarRankLoRALinear(nn.Linear(8, 6), 2)
+    monkeypatch.setattr("sensilora.nn.is_quantised", lambda module: True)
+    monkeypatch.setattr(layer.base_layer, "forward", lambda x: torch.zeros(len(x), 6))
+    with torch.no_grad():
+        layer(torch.randn(3, 8, requires_grad=True))
+    layer(torch.randn(3, 8))  # the first layer's input needs none
+    with pytest.raises(AdapterError, match="the quantised base layer passes no gradient on"):
+        layer(torch.randn(3, 8, requires_grad=True))
+
+
 def test_keeps_the_base_layers_mode():
     assert not VarRankLoRALinear(nn.Linear(4, 4).eval(), 2).training
 

@@ -120,7 +120,18 @@ class FisherEstimator(Estimator):
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             x = first_argument(args, kwargs)
-            return self.watch(matrix, x, self.rows(name, x), lambda: forward(*args, **kwargs))
+
+            def product() -> Tensor:
+                y: Tensor = forward(*args, **kwargs)
+                if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+                    raise CalibrationError(
+                        f"module {name!r} passes no gradient on, so those of the modules before it would lack a "
+                        "part; if it is a 4-bit layer of bitsandbytes, which packs them for some CPUs when they are first "
+                        "used for inference, load the model anew, or calibrate on a GPU"
+                    )
+                return y
+
+            return self.watch(matrix, x, self.rows(name, x), product)
 
         return watched
 

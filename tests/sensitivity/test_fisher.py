@@ -168,6 +168,16 @@ def test_a_module_under_no_grad_is_named():
         calibrate(PartlyHidden(), [classification_batch(sequences(4), [1])], estimator="fisher", progress=False)
 
 
+def test_a_module_that_passes_no_gradient_on_is_named():
+    model = Net()
+    up = model.blocks[1].up
+    up.forward = lambda x: F.linear(x, up.weight, up.bias).detach()  # as an inference kernel of another library
+    with pytest.raises(CalibrationError, match=r"module 'blocks\.1\.up' passes no gradient on"):
+        calibrate(model, [classification_batch(sequences(4), [1])], estimator="fisher", progress=False)
+    del up.forward
+    calibrate(model, [classification_batch(sequences(4), [1])], estimator="fisher", progress=False)
+
+
 def test_a_module_the_loss_does_not_depend_on_has_zero_sensitivity():
     class Side(Net):
         def __init__(self):
