@@ -126,8 +126,8 @@ class FisherEstimator(Estimator):
                 if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
                     raise CalibrationError(
                         f"module {name!r} passes no gradient on, so those of the modules before it would lack a "
-                        "part; if it is a 4-bit layer of bitsandbytes, which packs them for some CPUs when they are first "
-                        "used for inference, load the model anew, or calibrate on a GPU"
+                        "part; if it is a 4-bit layer of bitsandbytes, which packs them for some CPUs when they are "
+                        "first used for inference, load the model anew, or calibrate on a GPU"
                     )
                 return y
 
