@@ -99,6 +99,19 @@ def is_expert_stack(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() == 3 and "experts" in name.split(".")[:-1]
 
 
+def other_experts(model: nn.Module) -> list[str]:
+    """Names of the weights in modules that are called experts and hold them in a form that is not known here (JetMoE,
+    DBRX)."""
+    found = []
+    for module_name, module in model.named_modules():
+        if "expert" in type(module).__name__.lower() and not is_matrix(module):
+            own = {f"{module_name}.{name}": weight for name, weight in module.named_parameters(recurse=False)}
+            # Beside a stack there may be biases, a row for each expert.
+            if not any(is_expert_stack(name, weight) for name, weight in own.items()):
+                found += [name for name, weight in own.items() if weight.dim() > 1]
+    return found
+
+
 def find_targets(model: nn.Module, targets: Targets = "all-linear") -> dict[str, nn.Module]:
     """The modules `targets` selects, by full name, in module order.
 

@@ -46,6 +46,7 @@ from sensilora.targets import (
     fingerprint,
     first_non_finite,
     model_id,
+    other_experts,
     stacked_experts,
     unwrapped,
 )
@@ -394,6 +395,14 @@ def _check_parameters(model: nn.Module) -> None:
 
 
 def _warn_of_experts(model: nn.Module) -> None:
+    unknown = other_experts(model)
+    if unknown:
+        warnings.warn(
+            f"{len(unknown)} weights of experts ({unknown[0]}, ...) are held in a form that is not known here: they "
+            "are not measured and get no adapter",
+            UserWarning,
+            stacklevel=3,
+        )
     experts = stacked_experts(model)
     if experts:
         warnings.warn(

@@ -528,6 +528,25 @@ def test_invalid_arguments(arguments, message):
         calibrate(Mixture(), [token_batch(sequences(4), sequences(4))], progress=False, **arguments)
 
 
+def test_experts_in_a_form_that_is_not_known_are_warned_of():
+    config = transformers.JetMoeConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        kv_channels=8,
+        vocab_size=24,
+        num_local_experts=4,
+    )
+    model = transformers.JetMoeForCausalLM(config)
+    batch = {"input_ids": torch.randint(24, (2, 5))}
+    with pytest.warns(
+        UserWarning, match=r"2 weights of experts \(model\.layers\.0\.mlp\..* in a form that is not known"
+    ):
+        report = calibrate(model, [batch], progress=False)
+    assert len(report) > 0
+
+
 def test_a_model_without_stacks_is_an_error():
     with pytest.raises(TargetError, match="Sequential has no parameter that stacks experts"):
         calibrate(nn.Sequential(nn.Linear(2, 2)), [{"input": torch.ones(1, 2)}], experts=True, progress=False)
