@@ -491,7 +491,8 @@ def allocate(
     fused = fuse_scores(*metrics, weights=settings.weights)
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
     ranks = assign_ranks(shapes, fused.by_name(settings.scores), settings, kind, value)
-    _warn_of_one_matrix(ranks)
+    if settings.max_rank is None:
+        _warn_of_one_matrix(ranks)
     entries = {
         name: PlanEntry(
             rank=ranks[name],
@@ -528,7 +529,7 @@ def _warn_of_one_matrix(ranks: Mapping[str, int]) -> None:
     """The gradient of a BERT classifier's pooler, say, can outweigh that of all other matrices together."""
     name = max(ranks, key=ranks.__getitem__)
     total = sum(ranks.values())
-    if len(ranks) > 2 and 2 * ranks[name] > total:
+    if 2 < len(ranks) <= total < 2 * ranks[name]:
         warnings.warn(
             f"{name} gets {ranks[name]} of all {total} ranks, more than the other {len(ranks) - 1} matrices "
             "together; give max_rank, or leave it out of targets when calibrating, if that is not meant",

@@ -466,7 +466,8 @@ def plan(
 
     Give exactly one of --average-rank, --total-rank and --total-parameters.
     """
-    _check_outputs([path for path in (output, report, plot) if path is not None], force, [Path(model), data])
+    inputs = [path for path in (Path(model), data, config) if path is not None]
+    _check_outputs([path for path in (output, report, plot) if path is not None], force, inputs)
     if plot is not None:
         _check_picture(plot)
     budgets = {"average-rank": average_rank, "total-rank": total_rank, "total-parameters": total_parameters}
@@ -551,7 +552,7 @@ def plan(
         print(f"interrupted; run the same command again to go on from {checkpoint}", file=sys.stderr)
         raise SystemExit(130) from interrupt
     made = allocate(measured, **options)
-    with _all_or_none() as written:
+    with _telling_of_written() as written:
         if report is not None:
             written(report, measured.save)
         written(output, made.save)
@@ -602,7 +603,8 @@ def train(
     """
     if not (0 < epochs < math.inf and 0 < learning_rate < math.inf):
         raise typer.BadParameter("epochs and learning rate must be finite numbers above 0")
-    _check_folder(output, force, [Path(model), plan, data, *([] if eval_data is None else [eval_data])])
+    # Not the plan, which is written again.
+    _check_folder(output, force, [path for path in (Path(model), data, eval_data, config) if path is not None])
 
     from sensilora import _files
     from sensilora.adapters import inject, save_adapter
@@ -696,7 +698,8 @@ def evaluate(
     config: ConfigOption = None,
 ) -> None:
     """Measure a model with its adapter: accuracy and macro-F1 of a classifier, perplexity of a causal model."""
-    _check_outputs([json_file] if json_file is not None else [], force, [Path(model), adapter, data])
+    inputs = [path for path in (Path(model), adapter, data, config) if path is not None]
+    _check_outputs([json_file] if json_file is not None else [], force, inputs)
 
     from sensilora import _files
     from sensilora.adapters import load_adapter
@@ -784,7 +787,6 @@ def compare(
     _check_matplotlib()
     if plan is not None and average_rank is not None:
         raise typer.BadParameter("--average-rank is for a plan that is made; leave it out with --plan")
-    _check_not_input(output, [Path(model), data, *(path for path in (eval_data, plan) if path is not None)])
 
     import torch
 
@@ -798,7 +800,10 @@ def compare(
     else:
         rows, held_out = _held_out(rows, seed, by_label=not regression)
         if not held_out:
-            raise DataError(f"{data} has too few rows to hold some out; name others with --eval-data")
+            raise DataError(
+                f"{data} has too few rows of a class to hold some out; name others with --eval-data, or pass "
+                "--regression where labels are numbers"
+            )
     classified = not regression and all(row.label is not None for row in rows)
     try:
         found = run_compare(
@@ -882,7 +887,7 @@ def export(
     config: ConfigOption = None,
 ) -> None:
     """Write a trained adapter, or a plan, in the form that another tool takes."""
-    inputs = [source, *(Path(path) for path in (model, axolotl_config) if path is not None)]
+    inputs = [source, *(Path(path) for path in (model, axolotl_config, config) if path is not None)]
     if to is Form.axolotl:
         _check_outputs([output], force, inputs)
     else:
@@ -932,7 +937,7 @@ def plot(
     config: ConfigOption = None,
 ) -> None:
     """Draw a plan's ranks by layer and projection, for global, local and fused scores."""
-    _check_outputs([output], force, [plan])
+    _check_outputs([output], force, [plan] if config is None else [plan, config])
     _check_picture(output)
 
     from sensilora.plan import RankPlan
@@ -999,11 +1004,14 @@ def _check_folder(path: Path, force: bool, inputs: Sequence[Path]) -> None:
 
 
 def _check_not_input(output: Path, inputs: Sequence[Path]) -> None:
-    """Neither may an output replace what the command reads, nor the folder that this is in."""
-    place = output.resolve()
-    for path in inputs:
-        if path.exists() and (path.resolve() == place or (output.is_dir() and place in path.resolve().parents)):
-            raise OutputExistsError(f"output {output} would replace {path}, which is read; name another")
+    """An output may not replace what the command reads, the folder that this is in, or a file of a folder's."""
+    # A link to a file is replaced itself, one to a folder is followed.
+    place = output.resolve() if output.is_dir() else output.parent.resolve() / output.name
+    for path in (path for path in inputs if path.exists()):
+        read = path.resolve()
+        within = output.is_dir() and place in read.parents
+        if read == place or within or (output.exists() and read.is_dir() and place.parent == read):
+            raise OutputExistsError(f"output {output} would replace {path}, or a part, which is read; name another")
 
 
 def _check_place(path: Path) -> None:
@@ -1016,21 +1024,19 @@ def _check_place(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _all_or_none() -> Iterator[Callable[[Path, Callable[[Path], Any]], None]]:
-    """A function that writes a file by another; if one fails, those that were not there before go."""
-    new: list[Path] = []
+def _telling_of_written() -> Iterator[Callable[[Path, Callable[[Path], Any]], None]]:
+    """A function that writes a file by another; if one fails, it is told which are there."""
+    done: list[Path] = []
 
     def write(path: Path, save: Callable[[Path], Any]) -> None:
-        existed = path.exists()
         save(path)
-        if not existed:
-            new.append(path)
+        done.append(path)
 
     try:
         yield write
     except BaseException:
-        for path in new:
-            path.unlink(missing_ok=True)
+        if done:
+            print("wrote " + ", ".join(map(str, done)) + " before what follows", file=sys.stderr)
         raise
 
 
@@ -1071,26 +1077,28 @@ def _rows(
 
 
 def _held_out(rows: Sequence[Row], seed: int, *, by_label: bool) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and a fifth that is drawn at random; `by_label` of each class, of which a row is kept."""
+    """Rows to train on, and a fifth that is drawn at random; `by_label` of each class, or where these are too small
+    of those rows that are not the first of their class."""
     shuffled = random.Random(seed).sample(rows, len(rows))
     if not by_label:
         return shuffled[len(rows) // 5 :], shuffled[: len(rows) // 5]
     seen: Counter[Any] = Counter()
-    kept: list[Row] = []
-    held_out: list[Row] = []
+    places = []  # of each row among those of its class
     for row in shuffled:
-        (held_out if seen[row.label] % 5 == 4 else kept).append(row)
+        places.append(seen[row.label])
         seen[row.label] += 1
-    return kept, held_out
+    chosen = [i for i, place in enumerate(places) if place % 5 == 4]
+    if not chosen:
+        chosen = [i for i, place in enumerate(places) if place > 0][: len(rows) // 5]
+    return [row for i, row in enumerate(shuffled) if i not in set(chosen)], [shuffled[i] for i in chosen]
 
 
 def _require_labels(rows: Sequence[Row], data: Path | None) -> None:
     unlabelled = sum(row.label is None for row in rows)
+    if unlabelled == len(rows):
+        raise DataError(f"{data}: no row has a label to compare with; name the field that holds it (--label-field)")
     if unlabelled:
-        raise DataError(
-            f"{data}: {unlabelled} of {len(rows)} rows have no label to compare with; complete them, or name their "
-            "field (--label-field)"
-        )
+        warnings.warn(f"{data}: {unlabelled} of {len(rows)} rows have no label, and do not count", stacklevel=2)
 
 
 def _classes(

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import time
@@ -127,8 +128,12 @@ class Settings:
             raise SensiloraError(f"{UNIFORM} and {PLAN} are always among the arms, which are {', '.join(self.arms)}")
         for name, least in (("seeds", 2), ("epochs", 1), ("batch_size", 1), ("average_rank", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise SensiloraError(f"{name} must be a whole number of at least {least}, not {value!r}")
+            try:
+                object.__setattr__(self, name, operator.index(value))  # numpy's are numbers too
+            except TypeError as error:
+                raise SensiloraError(f"{name} must be a whole number, not {value!r}") from error
+            if value < least:
+                raise SensiloraError(f"{name} must be at least {least}, not {value}")
         if not 0 < self.learning_rate < math.inf:
             raise SensiloraError(f"learning_rate must be a finite number above 0, not {self.learning_rate}")
         for name in ("warmup", "dropout"):
@@ -1160,22 +1165,22 @@ class Difference:
     @property
     def sign(self) -> int:
         """1 or -1 where the interval says which is ahead, 0 where it holds 0 or cannot be known."""
-        return 0 if self._is_constant else (self.low > 0) - (self.high < 0)
+        return 0 if self.is_constant else (self.low > 0) - (self.high < 0)
 
     @property
-    def _is_constant(self) -> bool:
+    def is_constant(self) -> bool:
         """Whether the difference is the same in every seed, by chance: that leaves its noise unknown, not absent."""
         return self.standard_error < 1e-12
 
     def sentence(self, metric: str) -> str:
         """What the interval says, in words."""
         name = metric.replace("_", "-")
-        if self._is_constant and abs(self.mean) < 1e-12:
+        if self.is_constant and abs(self.mean) < 1e-12:
             return (
                 f"The plan and {TITLES[self.arm]} have the same {name} in each of {self.seeds} seeds, which says "
                 "nothing about the noise: take more seeds or more evaluation rows."
             )
-        if self._is_constant:
+        if self.is_constant:
             return (
                 f"The plan and {TITLES[self.arm]} differ by {100 * self.mean:+.2f} points of {name} in each of "
                 f"{self.seeds} seeds, which says nothing about the noise: take more seeds or more evaluation rows."
@@ -1220,7 +1225,8 @@ class Comparison:
         """A sentence for each difference, and what they say together."""
         found = {difference.arm: difference for difference in self.differences()}
         sentences = [difference.sentence(self.settings.metric) for difference in found.values()]
-        if found[UNIFORM].sign > 0 and PERMUTED in found and found[PERMUTED].sign <= 0:
+        told = PERMUTED in found and not found[PERMUTED].is_constant
+        if found[UNIFORM].sign > 0 and told and found[PERMUTED].sign <= 0:
             sentences.append(
                 "That permuted ranks do as well means that the gain is not from which matrix got which rank."
                 if found[PERMUTED].sign == 0

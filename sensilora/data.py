@@ -110,7 +110,7 @@ def read_rows(
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -165,7 +165,7 @@ def _decoded(path: Path) -> Iterator[str]:
             f"{path}, line {number}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
         ) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        if str(error).startswith("Not a gzipped file"):
+        if number == 0 and str(error).startswith("Not a gzipped file"):
             raise DataError(f"{path} is no gzip file; leave .gz out of its name") from error
         raise DataError(f"{path}: the gzip file is truncated or damaged after line {number} ({error})") from error
 
@@ -178,7 +178,7 @@ def _objects(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             raise DataError(
                 f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line"
             ) from error
-        except ValueError as error:  # a whole number of thousands of digits
+        except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
             raise DataError(f"{where}: {error}") from error
         if not isinstance(value, dict):
             raise DataError(f"{where}: {type(value).__name__} in the place of a JSON object; write one object a line")

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from sensilora.errors import AdapterError, RankError
 from sensilora.ops import lora_group, lora_linear, lora_segments, lora_update
 from sensilora.ops._lora import autocast_dtype, draw_seeds
-from sensilora.targets import is_conv1d, is_matrix, is_packed_otherwise, is_quantised, matrix_shape, whole_rank
+from sensilora.targets import (
+    is_conv1d,
+    is_matrix,
+    is_packed_for_inference,
+    is_packed_otherwise,
+    is_quantised,
+    matrix_shape,
+    whole_rank,
+)
 
 INITS = ("kaiming", "gaussian")
 
@@ -212,15 +220,20 @@ def _adapted(
 ) -> Tensor:
     """base(x) + s (drop(x) Aᵀ) Bᵀ."""
     if is_quantised(layer.base_layer):
+        check_base_gradient(layer.base_layer, x)
         y = layer.base_layer(x)
-        if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
-            raise AdapterError(
-                "the quantised base layer passes no gradient on: bitsandbytes packs 4-bit weights for some CPUs when "
-                "they are first used for inference; load the model anew to train it there, or train on a GPU"
-            )
         return lora_update(y, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
     weight = layer.weight.t() if is_conv1d(layer.base_layer) else layer.weight
     return lora_linear(x, weight, layer.bias, lora_A, lora_B, scaling, dropout_p=dropout_p)
+
+
+def check_base_gradient(base_layer: nn.Module, x: Tensor) -> None:
+    """Raise AdapterError where a gradient is to go through a quantised layer that passes none on."""
+    if x.requires_grad and torch.is_grad_enabled() and is_packed_for_inference(base_layer):
+        raise AdapterError(
+            "the quantised base layer passes no gradient on: bitsandbytes packs 4-bit weights for this CPU when they "
+            "are first used for inference; load the model anew to train it, or train on a GPU"
+        )
 
 
 def _draw(lora_A: Tensor, init: str) -> None:

@@ -51,6 +51,13 @@ def is_quantised(module: nn.Module) -> bool:
     return type(weight) is not nn.Parameter and type(weight).__module__.startswith("torchao.")
 
 
+def is_packed_for_inference(module: nn.Module) -> bool:
+    """Whether bitsandbytes packed a 4-bit layer anew for a CPU with bf16 instructions, as it does when the layer is
+    first used for inference: its product has no gradient then, and torch says so in a warning at most."""
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
 def is_packed_otherwise(module: nn.Module) -> bool:
     """Whether the weight of a linear layer is packed in a way that is not known here: by another library's storage,
     or by its tensors, which may well claim a dense dtype and the matrix's shape."""

@@ -607,6 +607,7 @@ def test_warns_of_a_matrix_that_gets_more_than_all_others():
         allocate(make_report(metrics), average_rank=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        allocate(make_report(metrics), average_rank=4, max_rank=8)
+        allocate(make_report(metrics), average_rank=4, max_rank=17)
+        allocate(make_report(metrics), total_rank=3, min_rank=0)  # fewer than there are matrices
         # Of two matrices one as a rule has more than half.
         allocate(make_report({"a": (1.0, 0.1, 10), "b": (4.0, 1.0, 10)}), average_rank=4)

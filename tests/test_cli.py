@@ -254,15 +254,34 @@ def test_an_output_that_has_no_place_is_told_at_once(files, work, capsys):
         assert "locked may not be written into" in one_sentence(capsys)
 
 
-def test_a_plan_with_all_its_files_or_none(files, work, capsys, monkeypatch):
+def test_what_was_written_before_a_failure_is_told(files, work, capsys, monkeypatch):
     def full(self, path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(RankPlan, "plot", full)
     arguments = ("--average-rank", 2, "--report", "report.json", "--plot", "ranks.png")
     assert run("plan", files / "bert", files / "train.jsonl", *arguments) == 2
-    assert "no space is left on the disk" in one_sentence(capsys)
-    assert not list(work.iterdir())
+    err = capsys.readouterr().err
+    assert "wrote report.json, plan.json before what follows\nerror: no space is left on the disk" in err
+    assert RankPlan.load("plan.json").ranks
+
+
+def test_inputs_that_may_be_written_again(files, work, capsys):
+    budget = ("--average-rank", 2, "--report", "report.json")
+    succeed(capsys, "plan", files / "bert", files / "train.jsonl", *budget)
+    succeed(capsys, "plan", files / "bert", files / "train.jsonl", *budget, "--compare", "report.json", "--force")
+    succeed(capsys, "train", files / "bert", "plan.json", files / "train.jsonl", "--epochs", 0.1)
+    again = ("--epochs", 0.1, "--output", "adapter", "--force")
+    succeed(capsys, "train", files / "bert", "adapter/plan.json", files / "train.jsonl", *again)
+    assert RankPlan.load("adapter/plan.json") == RankPlan.load("plan.json")
+
+
+def test_rows_without_labels_that_do_not_count_are_told(files, classifier, work, capsys):
+    lines = (files / "train.jsonl").read_text().splitlines()[:8]
+    Path("some.jsonl").write_text("\n".join([*lines, '{"text": "the film"}']) + "\n")
+    assert run("evaluate", files / "bert", classifier["adapter"], "some.jsonl") == 0
+    captured = capsys.readouterr()
+    assert "warning: some.jsonl: 1 of 9 rows have no label, and do not count" in captured.err
 
 
 def test_same_seed_same_plan_and_adapter(files, work, capsys):
@@ -517,7 +536,7 @@ def one_sentence(capsys):
         (("plan", "nowhere", "{train}", "--average-rank", 0), "--average-rank must be a number above 0, not 0"),
         (("plan", "nowhere", "{train}", "--average-rank", "nan"), "--average-rank must be a number above 0, not nan"),
         (("plan", "{bert}", "{train}", "--average-rank", 4, "-o", "{train}", "--force"), "would replace"),
-        (("plan", "{bert}", "{train}", "--average-rank", 4, "-o", "/proc/1/plan.json", "--plot", "x.png"), "/proc/1"),
+        (("plan", "{bert}", "{train}", "--average-rank", 4, "-o", "{bert_config}", "--force"), "would replace"),
         (("plan", "{bert}"), "Missing argument 'DATA' (see sensilora plan --help)"),
         (("plan", "{bert}", "{train}", "--avrage-rank", 4), "No such option"),
         (("plan", "{bert}", "{train}", "--samples", -1), "'--samples'"),
@@ -552,10 +571,10 @@ def one_sentence(capsys):
         (("evaluate", "{llama}", "{adapter}", "{train}"), "which does not fit this model"),
         (
             ("train", "{bert}", "{plan}", "{train}", "--eval-data", "{corpus}"),
-            "corpus.txt: 96 of 96 rows have no label",
+            "corpus.txt: no row has a label",
         ),
         (("train", "{bert}", "{plan}", "{train}", "--output", "{bert}", "--force"), "would replace"),
-        (("evaluate", "{bert}", "{adapter}", "{corpus}"), "corpus.txt: 96 of 96 rows have no label to compare with"),
+        (("evaluate", "{bert}", "{adapter}", "{corpus}"), "corpus.txt: no row has a label to compare with"),
         (("evaluate", "{bert}", "{adapter}", "{train}", "--json", "{train}", "--force"), "would replace"),
         (("export", "{adapter}", "--to", "peft", "--output", "{adapter}", "--force"), "would replace"),
         (("export", "{adapter}", "--to", "merged", "--output", "{bert}", "--force"), "would replace"),
@@ -570,6 +589,7 @@ def one_sentence(capsys):
 def test_bad_input(files, classifier, work, capsys, arguments, message):
     names = {
         "{bert}": files / "bert",
+        "{bert_config}": files / "bert" / "config.json",
         "{llama}": files / "llama",
         "{train}": files / "train.jsonl",
         "{corpus}": files / "corpus.txt",

@@ -166,7 +166,9 @@ def test_other_bad_inputs(tmp_path):
         read_rows(write(tmp_path / "a.jsonl", '{"text": "x"}'), label_field="label")
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:20] + b"\0" * 40])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: data[:20] + b"\0" * 40, lambda data: data + b"more"]
+)
 def test_damaged_gzip(tmp_path, damage):
     path = tmp_path / "data.txt.gz"
     path.write_bytes(damage(gzip.compress(b"some text\n" * 50)))
@@ -195,6 +197,7 @@ def test_json_that_is_read_as_plain_text_is_warned_of(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_rows(write(tmp_path / "a.txt", "[1] and {2}\n3"))
+        read_rows(write(tmp_path / "deep.txt", "[" * 100_000))
 
 
 def test_a_number_too_long_for_python(tmp_path):

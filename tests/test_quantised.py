@@ -17,7 +17,7 @@ from sensilora import mixed
 from sensilora.adapters import adapter_layers, shared_inputs
 from sensilora.errors import AdapterError, CalibrationError
 from sensilora.nn import VarRankLoRAGroup, VarRankLoRALinear
-from sensilora.targets import find_targets, fingerprint, is_quantised, matrix_shape
+from sensilora.targets import find_targets, fingerprint, is_packed_for_inference, is_quantised, matrix_shape
 from tests import tiny_models
 from tests.tolerances import RELATIVE, relative_error
 
@@ -45,6 +45,18 @@ def _not_packed_for_the_cpu(request):
         four_bit = request.getfixturevalue("kind") in ("nf4", "nf4_double", "fp4")
         if four_bit and importlib.import_module("bitsandbytes.functional").has_avx512bf16():
             pytest.skip("bitsandbytes packs 4-bit weights for this CPU in bf16, and then gives no gradient")
+
+
+@pytest.mark.skipif("bitsandbytes" in MISSING, reason="bitsandbytes is not installed")
+def test_a_layer_packed_for_the_cpu_passes_no_gradient_on_and_that_is_told():
+    if not importlib.import_module("bitsandbytes.functional").has_avx512bf16():
+        pytest.skip("bitsandbytes packs nothing on this CPU")
+    adapter = layer("nf4", "cpu", in_features=128)
+    with torch.no_grad():
+        adapter.eval()(torch.randn(3, 128))
+    assert is_packed_for_inference(adapter.base_layer)
+    with pytest.raises(AdapterError, match="passes no gradient on"):
+        adapter.train()(torch.randn(3, 128, requires_grad=True))
 
 
 @pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
@@ -93,9 +105,9 @@ def dequantised(model, folder, dtype=torch.float32):
     return plain
 
 
-def layer(kind, device, dtype=torch.float32, rank=6, **settings):
-    """An adapter layer over a quantised nn.Linear(96, 64), lora_B drawn too."""
-    base = quantised(nn.Linear(96, 64, dtype=dtype, device=device), kind)
+def layer(kind, device, dtype=torch.float32, rank=6, in_features=96, **settings):
+    """An adapter layer over a quantised nn.Linear with 64 outputs, lora_B drawn too."""
+    base = quantised(nn.Linear(in_features, 64, dtype=dtype, device=device), kind)
     adapter = VarRankLoRALinear(base, rank, **settings)
     nn.init.normal_(adapter.lora_B, std=0.1)
     return adapter

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sensilora.adapters import share_inputs, shared_inputs
 from sensilora.errors import AdapterError, PlanError
-from sensilora.nn import SharedInput, shared_output
+from sensilora.nn import SharedInput, check_base_gradient, shared_output
 from sensilora.ops import lora_group, lora_linear, lora_segments, lora_update
 from sensilora.ops._backend import FLOATS
 from sensilora.ops._lora import autocast_dtype
@@ -279,6 +279,7 @@ class FusedQuantised(_Fused):
             _warn_of(reason)
         if reason is not None or args or kwargs.keys() - _KEYWORDS:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        check_base_gradient(self.base_layer, x)
         y = self.base_layer(x)
         for name, lora_B, scaling in zip(adapters, *self._scaled(adapters), strict=True):
             y = lora_update(y, x, self.lora_A[name].weight, lora_B, scaling, dropout_p=self._dropout_p(name))

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 from huggingface_hub import constants as hub
@@ -188,7 +189,12 @@ def _loading(name: str | os.PathLike[str], what: str) -> Iterator[dict[str, Any]
         raise ModelError(f"model folder {name} does not exist; name a folder with config.json, or a hub name")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"model folder {name} holds no config.json; name a folder that save_pretrained wrote")
-    if folder.is_dir() and what == "model" and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+    if (
+        folder.is_dir()
+        and what == "model"
+        and not any(folder.glob("*.safetensors"))
+        and any(folder.glob("pytorch_model*.bin"))
+    ):
         raise ModelError(
             f"model folder {name} holds weights as pickles only (.bin), which are not read; load them where you "
             "trust them and call save_pretrained, which writes safetensors"
@@ -202,23 +208,28 @@ def _loading(name: str | os.PathLike[str], what: str) -> Iterator[dict[str, Any]
         with quiet():
             yield where
     except (OSError, ValueError, SafetensorError) as error:
-        if cached_only:
+        if cached_only and not isinstance(huggingface_hub.try_to_load_from_cache(str(name), "config.json"), str):
+            why = "is not to be asked (HF_HUB_OFFLINE)" if hub.HF_HUB_OFFLINE else "cannot be reached"
             raise ModelError(
-                f"there is no folder {name} here, nor is such a {what} in the hub's cache, and the hub "
-                f"({hub.ENDPOINT}) cannot be reached; name a model folder"
+                f"there is no folder {name} here, nor is such a model in the hub's cache, and the hub "
+                f"({hub.ENDPOINT}) {why}; name a model folder"
             ) from error
         reason = " ".join(str(error).split())
         raise ModelError(f"the {what} {name} cannot be loaded: {reason}") from error
 
 
-@functools.cache
 def _hub_is_reachable() -> bool:
-    """Asked once, since huggingface_hub tries for most of a minute before it gives up, at every file."""
+    """Asked once a minute at most, since huggingface_hub tries as long before it gives up, at every file."""
     if hub.HF_HUB_OFFLINE:
         return False
     address = urllib.parse.urlsplit(hub.ENDPOINT)
-    if address.scheme in urllib.request.getproxies():
+    if not {address.scheme, "all"}.isdisjoint(urllib.request.getproxies()):
         return True  # only the proxy knows
+    return _answers(address, int(time.monotonic() // 60))
+
+
+@functools.lru_cache(1)
+def _answers(address: urllib.parse.SplitResult, minute: int) -> bool:
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
         socket.create_connection((address.hostname, port), timeout=10).close()
@@ -402,7 +413,8 @@ def train_with_trainer(
         NonFiniteError: a weight holds NaN or Inf before or after training, or the loss of a step is NaN or Inf, at
             which training stops.
     """
-    if getattr(model, "is_quantized", False):
+    of_peft = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+    if getattr(model, "is_quantized", False) and not of_peft:
         raise ModelError(
             "transformers' Trainer takes a quantised model only with PEFT's adapters: give PEFT the plan "
             "(plan.to_lora_config) and call sensilora.integrations.peft.fuse, or train the unquantised model"

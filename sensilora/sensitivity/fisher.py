@@ -30,6 +30,7 @@ from sensilora.sensitivity.capture import (
 )
 from sensilora.sensitivity.estimator import Estimator
 from sensilora.sensitivity.losses import Likelihood, likelihood
+from sensilora.targets import is_packed_for_inference
 
 #: loss_fn(outputs, batch): the loss summed (not averaged) over the batch's sequences.
 LossFunction = Callable[[Any, dict[str, Any]], Tensor]
@@ -120,18 +121,12 @@ class FisherEstimator(Estimator):
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             x = first_argument(args, kwargs)
-
-            def product() -> Tensor:
-                y: Tensor = forward(*args, **kwargs)
-                if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
-                    raise CalibrationError(
-                        f"module {name!r} passes no gradient on, so those of the modules before it would lack a "
-                        "part; if it is a 4-bit layer of bitsandbytes, which packs them for some CPUs when they are "
-                        "first used for inference, load the model anew, or calibrate on a GPU"
-                    )
-                return y
-
-            return self.watch(matrix, x, self.rows(name, x), product)
+            if x.requires_grad and torch.is_grad_enabled() and is_packed_for_inference(module):
+                raise CalibrationError(
+                    f"module {name!r} passes no gradient on: bitsandbytes packs 4-bit weights for this CPU when they "
+                    "are first used for inference; load the model anew, or calibrate on a GPU"
+                )
+            return self.watch(matrix, x, self.rows(name, x), lambda: forward(*args, **kwargs))
 
         return watched
 

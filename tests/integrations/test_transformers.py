@@ -1,6 +1,7 @@
 import math
 import re
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,18 +174,25 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
     monkeypatch.setattr(hf.hub, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr("urllib.request.getproxies", dict)
-    hf._hub_is_reachable.cache_clear()
+    hf._answers.cache_clear()
     try:
         for load in (hf.load_tokenizer, hf.load_causal_lm, hf.class_names):
             with pytest.raises(ModelError, match=r"there is no folder no-such/model here, .* cannot be reached"):
                 load("no-such/model")
         assert asked == [("huggingface.co", 443)]
         # What only a proxy can tell is left to huggingface_hub.
-        monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"})
-        hf._hub_is_reachable.cache_clear()
-        assert hf._hub_is_reachable()
+        for kind in ("https", "all"):
+            monkeypatch.setattr("urllib.request.getproxies", lambda kind=kind: {kind: "http://proxy"})
+            assert hf._hub_is_reachable()
+        monkeypatch.setattr(hf.hub, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ModelError, match=r"is not to be asked \(HF_HUB_OFFLINE\)"):
+            hf.load_tokenizer("no-such/model")
+        # A model that is in the cache has what is wrong with it told.
+        monkeypatch.setattr(hf.huggingface_hub, "try_to_load_from_cache", lambda *name: "config.json")
+        with pytest.raises(ModelError, match="the tokenizer no-such/model cannot be loaded"):
+            hf.load_tokenizer("no-such/model")
     finally:
-        hf._hub_is_reachable.cache_clear()
+        hf._answers.cache_clear()
 
 
 def test_pairs_say_which_text_a_token_belongs_to(bert):
@@ -275,6 +283,12 @@ def test_the_trainer_is_not_given_a_quantised_model(bert, tmp_path):
     model.is_quantized = True  # as transformers marks what it loads
     with pytest.raises(ModelError, match="takes a quantised model only with PEFT's adapters"):
         train(model, bert, tmp_path)
+    peft = pytest.importorskip("peft")
+    plain = hf.load_sequence_classifier(bert, labels=["0", "1"])
+    plain.is_quantized, plain.hf_quantizer = True, SimpleNamespace(is_trainable=True)
+    plain.quantization_method = None
+    of_peft = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    assert train(of_peft, bert, tmp_path)
 
 
 def adapted(folder, seed=0):

@@ -5,6 +5,7 @@ BackPACK is no dependency of the tests, for it would bring torchvision and with 
 """
 
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -170,11 +171,11 @@ def test_a_module_under_no_grad_is_named():
 
 def test_a_module_that_passes_no_gradient_on_is_named():
     model = Net()
-    up = model.blocks[1].up
-    up.forward = lambda x: F.linear(x, up.weight, up.bias).detach()  # as an inference kernel of another library
+    weight = model.blocks[1].up.weight
+    weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)  # as bitsandbytes marks a 4-bit layer
     with pytest.raises(CalibrationError, match=r"module 'blocks\.1\.up' passes no gradient on"):
         calibrate(model, [classification_batch(sequences(4), [1])], estimator="fisher", progress=False)
-    del up.forward
+    weight.quant_state.packing_format_for_cpu = False
     calibrate(model, [classification_batch(sequences(4), [1])], estimator="fisher", progress=False)
 
 
