@@ -375,9 +375,11 @@ def _check_reachable(
             f"multiple {settings.multiple} need on {matrices} matrices; raise the budget or lower min_rank"
         )
     if total > allowed:
+        bounds = f" with max_rank {settings.max_rank}" if settings.max_rank is not None else ""
+        bounds += f" in multiples of {settings.multiple}" if settings.multiple > 1 else ""
         raise BudgetError(
-            f"{kind} gives {total:,} {unit}, above the {allowed:,} that the shapes of the {matrices} matrices with "
-            f"max_rank {settings.max_rank} and multiple {settings.multiple} allow; lower the budget or raise max_rank"
+            f"{kind} gives {total:,} {unit}, above the {allowed:,} that the shapes of the {matrices} matrices"
+            f"{bounds} allow; lower the budget{' or raise max_rank' if settings.max_rank is not None else ''}"
         )
 
 
