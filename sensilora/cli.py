@@ -1087,10 +1087,11 @@ def _held_out(rows: Sequence[Row], seed: int, *, by_label: bool) -> tuple[list[R
     for row in shuffled:
         places.append(seen[row.label])
         seen[row.label] += 1
-    chosen = [i for i, place in enumerate(places) if place % 5 == 4]
+    chosen = {i for i, place in enumerate(places) if place % 5 == 4}
     if not chosen:
-        chosen = [i for i, place in enumerate(places) if place > 0][: len(rows) // 5]
-    return [row for i, row in enumerate(shuffled) if i not in set(chosen)], [shuffled[i] for i in chosen]
+        chosen = set([i for i, place in enumerate(places) if place > 0][: len(rows) // 5])
+    kept = [row for i, row in enumerate(shuffled) if i not in chosen]
+    return kept, [row for i, row in enumerate(shuffled) if i in chosen]
 
 
 def _require_labels(rows: Sequence[Row], data: Path | None) -> None:

@@ -447,9 +447,10 @@ def _is_ours(folder: Path, settings: Settings, force: bool) -> bool:
     if folder.is_file():
         raise OutputExistsError(f"output {folder} is a file; name a folder")
     if file.is_file():
-        if file.read_text() == _as_text(settings) and (folder / _PLAN_FILE).is_file():
+        same = file.read_text() == _as_text(settings)
+        if same and (folder / _PLAN_FILE).is_file():
             return True
-        if not force and file.read_text() != _as_text(settings):
+        if not same and not force:
             raise OutputExistsError(
                 f"output folder {folder} holds a comparison with other settings, data or weights; name another "
                 "folder, or pass --force (force=True) to begin anew"
