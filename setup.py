@@ -18,6 +18,26 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
+def with_hopper(architectures: str) -> str:
+    """The list with 9.0a wherever it has 9.0: Hopper's own instructions exist in code for that alone.
+
+    9.0 stays where its PTX is wanted, for later GPUs; of both, Hopper loads 9.0a.
+    """
+    wanted = architectures.replace(" ", ";").split(";")
+    if not {"9.0", "9.0+PTX"} & set(wanted):
+        return architectures
+    return ";".join(["9.0a", *(name for name in wanted if name not in {"", "9.0", "9.0a"})])
+
+
+def cuda_architectures(torch) -> str:
+    """What to compile for: what TORCH_CUDA_ARCH_LIST says, or else this machine's GPUs, if it has any."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not named and torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+        named = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+    return with_hopper(named or DEFAULT_CUDA_ARCHITECTURES)
+
+
 def cuda_problem(cpp_extension, torch) -> str | None:
     """Why the CUDA ops cannot be built, or None."""
     if torch.version.cuda is None:
@@ -66,8 +86,8 @@ def native_build() -> dict:
         extension = cpp_extension.CUDAExtension
         sources += sorted(map(str, CSRC.glob("*.cu")))
         flags["nvcc"] = ["-O3", "--threads=2"]
-        if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(torch)
+        macros.append(("SENSILORA_WITH_HOPPER", str(int("9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]))))
     module = extension(
         "sensilora._C",
         sources,

@@ -1,10 +1,11 @@
-// fisher_diag on CUDA without Triton: fisher_diag_kernels.cuh says how. The tiles of small matrices do not fill the
+// fisher_diag on CUDA, but for what fisher_diag_hopper_cuda.cu serves: fisher_diag_kernels.cuh says how. The tiles of small matrices do not fill the
 // device; their sequences are then divided among splits, whose partial results are added by another launch.
 #include <algorithm>
 #include <vector>
 
 #include "cuda_common.cuh"
 #include "fisher_diag.h"
+#include "fisher_diag_hopper.h"
 #include "fisher_diag_kernels.cuh"
 
 namespace sensilora {
@@ -99,6 +100,7 @@ void fisher_diag(const Tensor& x, const Tensor& grad, const Tensor& lengths, int
   const FisherInput input = fisher_input(x, grad, lengths, mode, out);
   if (out.numel() == 0) return;
   const bool squares = mode == kPerPosition;
+  if (!squares && fisher_diag_hopper(input, out, accumulate)) return;
   switch (x.scalar_type()) {
     case ScalarType::BFloat16:
       return squares ? run<MmaTile<Bfloat16Bits, 2>>(input, out, accumulate)

@@ -9,10 +9,14 @@
 #ifndef SENSILORA_WITH_CUDA
 #define SENSILORA_WITH_CUDA 0
 #endif
+#ifndef SENSILORA_WITH_HOPPER
+#define SENSILORA_WITH_HOPPER 0
+#endif
 
 PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = "C++ " __VERSION__;
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("cuda") = static_cast<bool>(SENSILORA_WITH_CUDA);
+  m.attr("hopper") = static_cast<bool>(SENSILORA_WITH_HOPPER);
   m.def("cpu_level", &sensilora::cpu_level_name, "The vector instructions the CPU ops use on this machine.");
 }

@@ -211,7 +211,10 @@ def cuda_toolkit() -> Path | None:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "csrc").glob("*.cu")))
 def test_cuda_sources_compile_without_spilling_registers(tmp_path, name):
-    """Against the headers of the torch that is installed, for the oldest GPU served, with the flags torch adds."""
+    """Against the headers of the torch that is installed, for the oldest GPU served, with the flags torch adds.
+
+    Hopper's kernels for Hopper too.
+    """
     toolkit = cuda_toolkit()
     if toolkit is None:
         pytest.skip("no CUDA toolkit with nvcc and headers")
@@ -221,6 +224,8 @@ def test_cuda_sources_compile_without_spilling_registers(tmp_path, name):
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DSENSILORA_WITH_CUDA=1"]
     flags += [*cpp_extension.COMMON_NVCC_FLAGS, *(f"-I{folder}" for folder in cpp_extension.include_paths("cpu"))]
     flags += ["--generate-code=arch=compute_80,code=sm_80"]
+    if "hopper" in name:
+        flags += ["--generate-code=arch=compute_90a,code=sm_90a", "-DSENSILORA_WITH_HOPPER=1"]
     command = [toolkit / "bin" / "nvcc", "-c", ROOT / "csrc" / name, "-o", tmp_path / "object.o", *flags]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -228,6 +233,30 @@ def test_cuda_sources_compile_without_spilling_registers(tmp_path, name):
     assert report
     # Few enough to lie outside of loops.
     assert not [(kernel, int(count)) for kernel, count in report if int(count) > 32]
+
+
+@pytest.mark.parametrize(
+    ("named", "capabilities", "expected"),
+    [
+        ("", [], "9.0a;8.0;9.0+PTX"),
+        ("", [(9, 0), (9, 0)], "9.0a"),
+        ("", [(8, 0), (9, 0)], "9.0a;8.0"),
+        ("", [(8, 6)], "8.6"),
+        ("8.0;9.0+PTX", [(8, 6)], "9.0a;8.0;9.0+PTX"),
+        ("8.0 9.0a 9.0", [], "9.0a;8.0"),
+        ("10.0", [], "10.0"),
+        ("Ampere", [], "Ampere"),
+    ],
+)
+def test_hopper_gets_code_with_its_own_instructions(monkeypatch, named, capabilities, expected):
+    functions = {"setup": lambda **kwargs: None}
+    source = (ROOT / "setup.py").read_text().replace("setup(**native_build())", "")
+    exec(compile(source, "setup.py", "exec"), functions)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    assert functions["cuda_architectures"](torch) == expected
 
 
 @pytest.mark.parametrize(

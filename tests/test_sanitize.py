@@ -223,6 +223,7 @@ ODD, WIDE, WHOLE, BY_TMA = (77, 43), (136, 72), (192, 128), (136, 264)
         ("native", torch.bfloat16, WIDE, True),
         ("native", torch.float16, ODD, False),
         ("native", torch.float16, WIDE, False),
+        ("native", torch.bfloat16, BY_TMA, True),
         ("native", torch.float64, ODD, False),
     ],
 )
@@ -241,6 +242,20 @@ def test_fisher_diag(monkeypatch, backend, mode, dtype, features, adds):
     with use_backend("torch"):
         held = out if out is None else out.double()
         expected = fisher_diag(x.double(), g.double(), mode=mode, lengths=lengths, out=held)
+    assert relative_error(got, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fisher_diag_of_long_sequences(dtype):
+    reason = _backend.why_not("fisher_diag", "native", DEVICE, dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    lengths = [530, 70]
+    x, g = (torch.randn(600, size, device=DEVICE).to(dtype) for size in BY_TMA)
+    with use_backend("native"), filled_memory():
+        got = fisher_diag(x, g, lengths=lengths)
+    with use_backend("torch"):
+        expected = fisher_diag(x.double(), g.double(), lengths=lengths)
     assert relative_error(got, expected) <= 1e-5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import torch
@@ -151,8 +152,26 @@ _backend.register(
 
 
 def _run(x: Tensor, grad_output: Tensor, lengths: Tensor, convention: str, out: Tensor, accumulate: bool) -> None:
-    implementation = _backend.select("fisher_diag", x.device, x.dtype)
-    implementation(x.contiguous(), grad_output.contiguous(), lengths, convention, out, accumulate)
+    x, grad_output = x.contiguous(), grad_output.contiguous()
+    if convention == "per_sequence" and _backend.forced_backend() is None and _on_hopper(x, grad_output, out):
+        implementation = _native
+    else:
+        implementation = _backend.select("fisher_diag", x.device, x.dtype)
+    implementation(x, grad_output, lengths, convention, out, accumulate)
+
+
+def _on_hopper(x: Tensor, grad_output: Tensor, out: Tensor) -> bool:
+    """Whether the CUDA C++ kernel of csrc/fisher_diag_hopper.cuh serves, which is faster than Triton's."""
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and out.dtype == torch.float32
+        and all(t.shape[1] % 8 == 0 and t.data_ptr() % 16 == 0 for t in (x, grad_output))
+        and out.data_ptr() % 8 == 0
+        and torch.cuda.get_device_capability(x.device) == (9, 0)
+        and _backend.why_not("fisher_diag", "native", "cuda", x.dtype) is None
+        and importlib.import_module("sensilora._C").hopper
+    )
 
 
 # The ops call the mode "convention" because torch.fx cannot trace an op with an argument named "mode".

@@ -1,5 +1,7 @@
 """fisher_diag: every backend against per-sample autograd in fp64, and the op's registration."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -309,6 +311,67 @@ def test_hoppers_kernel_matches_oracle(hoppers, device, lengths, features, poiso
     ]
     for value in got:
         assert relative_error(value, oracle(x, g, "per_sequence", lengths)) <= 1e-5
+
+
+@pytest.fixture
+def native_on_hopper():
+    """The CUDA C++ kernel for Hopper serves all 16-bit rows of a multiple of 8 elements."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper GPU")
+    reason = _backend.why_not(OP, "native", "cuda", torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+    assert importlib.import_module("sensilora._C").hopper
+    with use_backend("native"):
+        yield
+
+
+RANDOM_LENGTHS = torch.randint(1, 513, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "lengths",
+    [[64], [17], [1, 64, 0, 130, 63], [3] * 150, [512] * 9, [513, 40], [2000, 1, 700], RANDOM_LENGTHS],
+    ids=["whole_step", "part", "mixed", "many", "full", "long", "longer", "random"],
+)
+@pytest.mark.parametrize("features", [(8, 16), (136, 144), (904, 1032), (4096, 2056)])
+def test_hoppers_native_kernel_matches_oracle(native_on_hopper, dtype, lengths, features, poisoned_empty):
+    """Steps that end 1 to 64 rows into a sequence, tiles divided among splits and not, long sums, adding to `out`."""
+    x, g = (torch.randn(sum(lengths), size, device="cuda").to(dtype) for size in features)
+    pairs = zip(g.double().split(lengths), x.double().split(lengths), strict=True)
+    expected = sum((g_n.T @ x_n).square() for g_n, x_n in pairs)
+    out = torch.ones(features[::-1], device="cuda")
+    got = [fisher_diag(x, g, lengths=lengths), fisher_diag(x, g, lengths=lengths)]
+    assert torch.equal(*got)
+    assert relative_error(got[0], expected) <= 1e-5
+    assert relative_error(fisher_diag(x, g, lengths=lengths, out=out), expected + 1) <= 1e-5
+
+
+@pytest.mark.gpu
+def test_hoppers_native_kernel_keeps_non_finite_values_apart(native_on_hopper):
+    lengths = [40, 100, 60]
+    x, g = (torch.randn(200, size, device="cuda", dtype=torch.bfloat16) for size in (264, 136))
+    x[139, 3], g[140, 5] = float("nan"), float("inf")
+    got = fisher_diag(x, g, lengths=lengths).isfinite()
+    assert not got[:, 3].any()
+    assert not got[5].any()
+    got[:, 3] = got[5] = True
+    assert got.all()
+
+
+@pytest.mark.gpu
+def test_hopper_takes_the_native_kernel_unasked(native_on_hopper, monkeypatch):
+    taken = []
+    monkeypatch.setattr("sensilora.ops.fisher_diag._native", lambda *args: taken.append(args[3]))
+    monkeypatch.setattr(_backend, "_forced", [])
+    x, g = (torch.randn(64, size, device="cuda", dtype=torch.bfloat16) for size in (136, 144))
+    fisher_diag(x, g)
+    fisher_diag(x[:, :135], g)
+    fisher_diag(x.float(), g.float())
+    fisher_diag(x, g, mode="per_position")
+    assert taken == ["per_sequence"]
 
 
 def rows_like(kind, rows, in_features, out_features):
