@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import sensilora
 from sensilora import _files, mixed
 from sensilora.adapters import check_plan
 from sensilora.allocation import allocate, assign_ranks
@@ -1286,7 +1287,11 @@ class Comparison:
             },
             "differences": [asdict(difference) for difference in self.differences()],
             "verdict": self.verdict(),
-            "versions": {name: version(name) for name in ("sensilora", "torch", "transformers")},
+            "versions": {
+                "sensilora": sensilora.__version__,
+                "torch": version("torch"),
+                "transformers": version("transformers"),
+            },
             "runs": list(self.records.values()),
         }
 
