@@ -289,7 +289,8 @@ def test_plots_are_written(results):
 @pytest.mark.gpu
 @pytest.mark.parametrize("p", [0.0, 0.05])
 def test_a_captured_step_repeats_it(monkeypatch, p):
-    monkeypatch.setattr("sensilora.ops._products.LAUNCH_BOUND_FLOPS", 0)  # as in a graph
+    for limit in ("LAUNCH_BOUND_FLOPS", "NATIVE_ROWS"):
+        monkeypatch.setattr(f"sensilora.ops._products.{limit}", 0)  # as in a graph
     case = bench_lora_linear._gpu_case(64, 128, 256, 16, p)
     replay = harness.captured(case.ours)
     for value, wanted in zip(replay(), case.ours(), strict=True):

@@ -222,7 +222,8 @@ class TestCUDAGraph:
 
     @pytest.mark.parametrize("groups", [False, True])
     def test_a_captured_training_step_equals_eager_steps(self, monkeypatch, groups):
-        monkeypatch.setattr("sensilora.ops._products.LAUNCH_BOUND_FLOPS", 0)  # as in a graph
+        for limit in ("LAUNCH_BOUND_FLOPS", "NATIVE_ROWS"):
+            monkeypatch.setattr(f"sensilora.ops._products.{limit}", 0)  # as in a graph
         models = [make_llama("cuda", dropout=0.0, groups=groups, attn_implementation="sdpa") for _ in range(2)]
         ids = make_ids("cuda")
 

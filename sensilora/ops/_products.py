@@ -1,8 +1,11 @@
 """LoRA's forward and backward pass from plain products, where a GPU runs a call sooner than it is launched.
 
-A fused kernel saves the device passes over its memory, but takes the host some 40 µs to launch where a product of
-cuBLAS's takes 8. So a call of few rows or of a small layer is faster this way, by how much less the host has to do.
-Masks alone are made by kernels of our own.
+A fused kernel saves the device passes over its memory, but Triton takes the host some 40 µs to launch it, where a
+product of cuBLAS's takes 8. So a call of few rows or of a small layer is faster this way, by how much less the host
+has to do. Masks alone are made by kernels of our own.
+
+Where the native extension holds the CUDA passes, `native_serves` such calls in their place: one call from Python, and
+launches from C++.
 """
 
 from __future__ import annotations
@@ -20,6 +23,11 @@ from sensilora.ops._lora import padded_rank, seed_of
 
 # FLOPs of the base products, forward and backward, for each multiprocessor, up to which launches take longer.
 LAUNCH_BOUND_FLOPS = 2**29
+# Rows up to which calls go to the CUDA C++ passes whatever their FLOPs, since the smaller calls of the same model keep
+# the device waiting.
+NATIVE_ROWS = 2048
+# Ranks up to which those passes serve (csrc/lora_linear_cuda.cu).
+NATIVE_MAX_RANK = 64
 
 
 def serve(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -28,12 +36,34 @@ def serve(x: Tensor, weights: Sequence[Tensor]) -> bool:
     That is where launches take longer than the work, no CUDA graph is captured that spares their cost, and nobody
     asked for a backend by name.
     """
-    if not x.is_cuda or x.shape[0] == 0 or _backend.forced_backend() is not None:
-        return False
+    return _launched_anew(x) and _launch_bound(x, weights)
+
+
+def native_serves(x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor]) -> bool:
+    """Whether a call on a GPU is left to the CUDA C++ passes instead; they keep sums in fp32 as `backward` does."""
+    return (
+        _launched_anew(x)
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and all(0 < lora_A.shape[0] <= NATIVE_MAX_RANK for lora_A in lora_As)
+        and (x.shape[0] <= NATIVE_ROWS or _launch_bound(x, weights))
+        and _backend.why_not("lora_linear", "native", "cuda", x.dtype) is None
+    )
+
+
+def _launched_anew(x: Tensor) -> bool:
+    return (
+        x.is_cuda
+        and x.shape[0] > 0
+        and _backend.forced_backend() is None
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _launch_bound(x: Tensor, weights: Sequence[Tensor]) -> bool:
     from sensilora.kernels._common import multiprocessors
 
     flops = 4 * x.shape[0] * sum(weight.numel() for weight in weights)
-    return flops <= LAUNCH_BOUND_FLOPS * multiprocessors(x.device) and not torch.cuda.is_current_stream_capturing()
+    return flops <= LAUNCH_BOUND_FLOPS * multiprocessors(x.device)
 
 
 def forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds) -> tuple[list[Tensor], Tensor]:

@@ -141,10 +141,16 @@ def _masks(dropout_ps: Sequence[float]) -> tuple[list[int], list[float]]:
     return [threshold(p) for p in dropout_ps], [keep_scale(p) for p in dropout_ps]
 
 
+_native_forward = _by_member(_native)
+_native_gradients = _backward_by_member(_native_backward)
+
+
 def _triton(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds) -> tuple[list[Tensor], Tensor]:
     from sensilora.kernels.lora_linear import launch_lora_group
 
     with torch.cuda.device_of(x):
+        if _products.native_serves(x, weights, lora_As):
+            return _native_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds)
         if _products.serve(x, weights):
             return _products.forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_ps, seeds)
         return launch_lora_group(x, weights, biases, lora_As, lora_Bs, scalings, *_masks(dropout_ps), seeds)
@@ -154,6 +160,8 @@ def _triton_backward(grads, x, h, weights, lora_As, lora_Bs, scalings, dropout_p
     from sensilora.kernels.lora_linear import launch_lora_group_backward
 
     with torch.cuda.device_of(x):
+        if _products.native_serves(x, weights, lora_As):
+            return _native_gradients(grads, x, h, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, need_grad_x)
         if _products.serve(x, weights):
             return _products.backward(
                 grads, x, h, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, need_grad_x
@@ -166,13 +174,13 @@ def _triton_backward(grads, x, h, weights, lora_As, lora_Bs, scalings, dropout_p
 _backend.register(
     "lora_group",
     triton=Implementation(_triton, _TRITON_DTYPES),
-    native=Implementation(_by_member(_native), _NATIVE_DTYPES, native_op="lora_linear"),
+    native=Implementation(_native_forward, _NATIVE_DTYPES, native_op="lora_linear"),
     torch=Implementation(_by_member(_reference)),
 )
 _backend.register(
     "lora_group_backward",
     triton=Implementation(_triton_backward, _TRITON_DTYPES),
-    native=Implementation(_backward_by_member(_native_backward), _NATIVE_DTYPES, native_op="lora_linear_backward"),
+    native=Implementation(_native_gradients, _NATIVE_DTYPES, native_op="lora_linear_backward"),
     torch=Implementation(_backward_by_member(_reference_backward)),
 )
 

@@ -112,6 +112,8 @@ def _triton(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[
 
     mask = [threshold(dropout_p)], [keep_scale(dropout_p)]
     with torch.cuda.device_of(x):
+        if _products.native_serves(x, [weight], [lora_A]):
+            return _native(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         if _products.serve(x, [weight]):
             (y,), h = _products.forward(x, [weight], [bias], [lora_A], [lora_B], [scaling], [dropout_p], seed)
             return y, h
@@ -124,6 +126,8 @@ def _triton_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, see
 
     mask = [threshold(dropout_p)], [keep_scale(dropout_p)]
     with torch.cuda.device_of(x):
+        if _products.native_serves(x, [weight], [lora_A]):
+            return _native_backward(grad, x, h, weight, lora_A, lora_B, scaling, dropout_p, seed, need_grad_x)
         if _products.serve(x, [weight]):
             grad_x, (grad_A,), (grad_B,) = _products.backward(
                 [grad], x, h, [weight], [lora_A], [lora_B], [scaling], [dropout_p], seed, need_grad_x

@@ -364,7 +364,9 @@ def test_hoppers_native_kernel_keeps_non_finite_values_apart(native_on_hopper):
 @pytest.mark.gpu
 def test_hopper_takes_the_native_kernel_unasked(native_on_hopper, monkeypatch):
     taken = []
-    monkeypatch.setattr("sensilora.ops.fisher_diag._native", lambda *args: taken.append(args[3]))
+    # sensilora.ops has the function under the module's name.
+    module = importlib.import_module("sensilora.ops.fisher_diag")
+    monkeypatch.setattr(module, "_native", lambda *args: taken.append(args[3]))
     monkeypatch.setattr(_backend, "_forced", [])
     x, g = (torch.randn(64, size, device="cuda", dtype=torch.bfloat16) for size in (136, 144))
     fisher_diag(x, g)

@@ -77,12 +77,15 @@ def test_padding_of_h_is_zero(poisoned_empty):
 
 
 def test_a_cpu_launches_nothing():
-    assert not _products.serve(torch.ones(1, 1), [torch.ones(1, 1)])
+    one = torch.ones(1, 1)
+    assert not _products.serve(one, [one])
+    assert not _products.native_serves(one.bfloat16(), [one], [one])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 def test_small_calls_are_products_and_large_ones_and_graphs_are_not(monkeypatch, adapter_dtype):
+    monkeypatch.setattr(_products, "native_serves", lambda *operands: False)  # as without the extension
     calls = []
     for name in ("forward", "backward"):
         function = getattr(_products, name)
@@ -115,3 +118,45 @@ def test_small_calls_are_products_and_large_ones_and_graphs_are_not(monkeypatch,
     monkeypatch.setattr(_products, "LAUNCH_BOUND_FLOPS", 0)
     step()
     assert calls == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_small_calls_are_the_native_ones_where_it_is_built(monkeypatch, adapter_dtype, dropout_p):
+    reason = _backend.why_not("lora_linear", "native", "cuda", torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(_products, name, None)
+    group = Group((4, 40), 72, [(40, 3), (24, 32)], torch.bfloat16, "cuda", adapter_dtype)
+    got = group.results(dropout_ps=dropout_p, seeds=group.seeds())
+    assert_close(got, group.oracle(dropout_p, SEEDS[:2]), 4 * RELATIVE[torch.bfloat16])
+    x, lora_A, lora_B = (t.requires_grad_() for t in (group.x, group.lora_As[0], group.lora_Bs[0]))
+    y = lora_linear(x, group.weights[0], group.biases[0], lora_A, lora_B, 0.7)
+    torch.autograd.grad(y.float().sum(), (x, lora_A, lora_B))
+
+
+@pytest.mark.gpu
+def test_which_calls_are_native():
+    reason = _backend.why_not("lora_linear", "native", "cuda", torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+
+    def native(rows, dtype=torch.bfloat16, ranks=(8,), features=4096):
+        x, weight = (torch.empty(size, features, dtype=dtype, device="cuda") for size in (rows, features))
+        return _products.native_serves(x, [weight], [torch.empty(rank, 1, device="cuda") for rank in ranks])
+
+    assert native(1)
+    assert native(2048, torch.float16, (64, 1))
+    assert native(4096, features=64)
+    assert not native(4096)
+    assert not native(0)
+    assert not native(8, torch.float32)
+    assert not native(8, ranks=(8, 65))
+    assert not native(8, ranks=(0, 8))
+    with use_backend("triton"):
+        assert not native(8)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")  # an empty graph is warned of
+        assert not native(8)
