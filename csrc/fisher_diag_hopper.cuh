@@ -13,7 +13,9 @@
 // there and those sums in fp32 proper, in a third set of registers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "hopper.cuh"
 
@@ -36,6 +38,37 @@ struct HopperTile {
   static constexpr int kSharedBytes = 1024 + kStages * (kStageBytes + 16);
   static constexpr int kSums = kColumns / 2;  // of a thread
 };
+
+// Into how many splits each of the tiles goes that do not fill the last wave: where all tiles of a wave take 1, the
+// fewest that bring it and what a split costs near the least.
+inline int hopper_splits(int64_t tiles, int64_t clusters, int64_t sequences) {
+  constexpr double kSplitCost = 0.02;
+  const int64_t rest = tiles % clusters;
+  int best = 1;
+  double least = 1.0;
+  for (int splits = 2; rest > 0 && splits <= 16 && splits <= sequences; ++splits) {
+    const int64_t waves = (rest * splits + clusters - 1) / clusters;
+    const double cost = static_cast<double>(waves) / splits + kSplitCost * splits;
+    if (cost < least) best = splits, least = cost;
+  }
+  return best;
+}
+
+// The first sequence of each split and, last, of none: where the steps before it come nearest to its share. starts has
+// the first row of every sequence and the end of the last one.
+inline std::vector<int64_t> hopper_bounds(const std::vector<int64_t>& starts, int splits) {
+  std::vector<int64_t> steps{0}, bounds{0};
+  for (size_t n = 1; n < starts.size(); ++n)
+    steps.push_back(steps.back() + (starts[n] - starts[n - 1] + kHopperTokens - 1) / kHopperTokens);
+  for (int split = 1; split < splits; ++split) {
+    const int64_t share = steps.back() * split / splits;
+    auto next = std::lower_bound(steps.begin(), steps.end(), share);
+    if (next != steps.begin() && share - next[-1] < *next - share) --next;
+    bounds.push_back(std::max<int64_t>(bounds.back(), next - steps.begin()));
+  }
+  bounds.push_back(static_cast<int64_t>(starts.size()) - 1);
+  return bounds;
+}
 
 // What is to be done: the tiles of the result, the first `whole` of them over all sequences, those behind them over the
 // sequences of each split in turn, from bounds[split] to bounds[split + 1].
@@ -71,20 +104,21 @@ struct HopperOut {
   bool accumulate;
 };
 
-// Writes the sums i and i + 1 (even i) of a thread of a unit's warpgroup, where they are inside of the result.
+// Where in the result the sums i and i + 1 (even i) of a thread of a warpgroup belong; null outside of it.
 template <class Tile>
-__device__ inline void hopper_write(const HopperOut& out, const HopperUnit& here, int rank, int warpgroup, int thread,
-                                    int i, float2 pair) {
-  const int row = (here.row_tile * kHopperCluster + rank) * Tile::kRows + 64 * warpgroup + thread / 32 * 16 +
+__device__ inline float2* hopper_place(const HopperOut& out, const HopperUnit& unit, int rank, int warpgroup, int i) {
+  const int thread = threadIdx.x % 128;
+  const int row = (unit.row_tile * kHopperCluster + rank) * Tile::kRows + 64 * warpgroup + thread / 32 * 16 +
                   thread % 32 / 4 + i % 4 / 2 * 8;
-  const int column = here.column_tile * Tile::kColumns + thread % 4 * 2 + i / 4 * 8;
-  if (row >= out.rows || column >= out.columns) return;
-  auto* to = reinterpret_cast<float2*>(out.data + static_cast<int64_t>(row) * out.columns + column);
-  if (out.accumulate) {
-    const float2 before = *to;
-    pair.x += before.x, pair.y += before.y;
-  }
-  *to = pair;
+  const int column = unit.column_tile * Tile::kColumns + thread % 4 * 2 + i / 4 * 8;
+  if (row >= out.rows || column >= out.columns) return nullptr;
+  return reinterpret_cast<float2*>(out.data + static_cast<int64_t>(row) * out.columns + column);
+}
+
+// Where the partial sums of a warpgroup begin: the first of each of its threads, then the second, and so on.
+template <class Tile>
+__device__ inline int64_t hopper_part(int part, int rank, int warpgroup) {
+  return ((static_cast<int64_t>(part) * kHopperCluster + rank) * 2 + warpgroup) * 128 * Tile::kSums;
 }
 
 // A place in the ring of stages, and the parity of the turn around it.
@@ -134,11 +168,9 @@ __device__ inline void hopper_copy(const CUtensorMap& g, const CUtensorMap& x, c
 // Rows from `rows` on up to the next multiple of 16 of a warpgroup's tile, to zero.
 __device__ inline void hopper_clear(uint32_t tile, int rows, int warpgroup) {
   const int row = rows + threadIdx.x % 128 / 8;
-  if (row < (rows + 15) / 16 * 16)
-    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(tile + row * 128 + threadIdx.x % 8 * 16), "r"(0)
-                 : "memory");
+  if (row < (rows + 15) / 16 * 16) clear_shared(tile + row * 128 + threadIdx.x % 8 * 16);
   shared_to_async();
-  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
+  warpgroup_sync(warpgroup + 1);
 }
 
 template <class Tile>
@@ -217,13 +249,32 @@ __device__ inline void hopper_multiply(const HopperWork& work, uint32_t stages, 
       end = next;
     }
     if (here.part >= 0) {
-      float* to = partial + ((static_cast<int64_t>(here.part) * kHopperCluster + rank) * 2 + warpgroup) * 128 * kSums;
+      float* to = partial + hopper_part<Tile>(here.part, rank, warpgroup) + thread;
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) to[i * 128 + thread] = total[i];
+      for (int i = 0; i < kSums; ++i) to[i * 128] = total[i];
     } else {
+      // Loads come before the stores, behind which the compiler would leave them, one wait after another; as many at
+      // once as there are registers for.
+      if (out.accumulate) {
+        constexpr int kAtOnce = 24;  // sums, of those a thread has
+#pragma unroll
+        for (int first = 0; first < kSums; first += kAtOnce) {
+          float2 before[kAtOnce / 2];
+#pragma unroll
+          for (int i = 0; i < kAtOnce; i += 2) {
+            const float2* at = hopper_place<Tile>(out, here, rank, warpgroup, first + i);
+            before[i / 2] = at != nullptr ? *at : float2{0.0f, 0.0f};
+          }
+#pragma unroll
+          for (int i = 0; i < kAtOnce; i += 2) {
+            total[first + i] += before[i / 2].x;
+            total[first + i + 1] += before[i / 2].y;
+          }
+        }
+      }
 #pragma unroll
       for (int i = 0; i < kSums; i += 2)
-        hopper_write<Tile>(out, here, rank, warpgroup, thread, i, {total[i], total[i + 1]});
+        if (float2* at = hopper_place<Tile>(out, here, rank, warpgroup, i)) *at = {total[i], total[i + 1]};
     }
   }
 }
@@ -236,9 +287,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                               const __grid_constant__ HopperWork work, const __grid_constant__ HopperOut out,
                               float* __restrict__ partial) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ char shared[];
   // The swizzle's pattern repeats every 1024 bytes.
-  const uint32_t stages = (shared_address(shared) + 1023) / 1024 * 1024;
+  const uint32_t stages = (dynamic_shared() + 1023) / 1024 * 1024;
   const uint32_t full = stages + Tile::kStages * Tile::kStageBytes, empty = full + 8 * Tile::kStages;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
@@ -260,23 +310,24 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 #endif
 }
 
-// The tiles that were divided: out = or += the sum of their splits, in order. A block of 128 threads has the sums that
-// one warpgroup held.
+// The tiles that were divided: out = or += the sum of their splits, in order. A block of 128 threads has two of the
+// sums of each thread of a warpgroup.
 template <class Tile>
 __global__ void __launch_bounds__(128)
     fisher_diag_hopper_sum_kernel(const float* __restrict__ partial, HopperWork work, HopperOut out) {
-  constexpr int kSums = Tile::kSums;
-  const int warpgroup = blockIdx.x % 2, rank = blockIdx.x / 2 % kHopperCluster, thread = threadIdx.x;
-  const int part = blockIdx.x / (2 * kHopperCluster) * work.splits;
-  const HopperUnit here = hopper_unit(work, work.whole + part);
-  const int i = 2 * blockIdx.y;
-  float2 sum{0.0f, 0.0f};
+  constexpr int kPairs = Tile::kSums / 2;
+  const int i = 2 * (blockIdx.x % kPairs), block = blockIdx.x / kPairs;
+  const int warpgroup = block % 2, rank = block / 2 % kHopperCluster;
+  const int part = block / (2 * kHopperCluster) * work.splits;
+  float2* to = hopper_place<Tile>(out, hopper_unit(work, work.whole + part), rank, warpgroup, i);
+  if (to == nullptr) return;
+  float2 sum = {0.0f, 0.0f};
   for (int split = 0; split < work.splits; ++split) {
-    const float* from =
-        partial + ((static_cast<int64_t>(part + split) * kHopperCluster + rank) * 2 + warpgroup) * 128 * kSums;
-    sum.x += from[i * 128 + thread], sum.y += from[(i + 1) * 128 + thread];
+    const float* from = partial + hopper_part<Tile>(part + split, rank, warpgroup) + threadIdx.x;
+    sum.x += from[i * 128], sum.y += from[(i + 1) * 128];
   }
-  hopper_write<Tile>(out, here, rank, warpgroup, thread, i, sum);
+  if (out.accumulate) sum.x += to->x, sum.y += to->y;
+  *to = sum;
 }
 
 }  // namespace sensilora

@@ -11,36 +11,6 @@ namespace {
 
 #if SENSILORA_WITH_HOPPER
 
-// Into how many splits each of the tiles goes that do not fill the last wave: where all tiles of a wave take 1, the
-// fewest that bring it and what a split costs near the least.
-int splits_of(int64_t tiles, int64_t clusters, int64_t sequences) {
-  constexpr double kSplitCost = 0.02;
-  const int64_t rest = tiles % clusters;
-  int best = 1;
-  double least = 1.0;
-  for (int splits = 2; rest > 0 && splits <= std::min<int64_t>(sequences, 16); ++splits) {
-    const double cost = static_cast<double>(ceil_div(rest * splits, clusters)) / splits + kSplitCost * splits;
-    if (cost < least) best = splits, least = cost;
-  }
-  return best;
-}
-
-// The first sequence of each split and, last, of none: where the steps before it come nearest to its share.
-std::vector<int64_t> bounds_of(const std::vector<int64_t>& starts, int splits) {
-  std::vector<int64_t> steps{0};
-  for (size_t n = 1; n < starts.size(); ++n)
-    steps.push_back(steps.back() + ceil_div(starts[n] - starts[n - 1], kHopperTokens));
-  std::vector<int64_t> bounds{0};
-  for (int split = 1; split < splits; ++split) {
-    const int64_t share = steps.back() * split / splits;
-    auto next = std::lower_bound(steps.begin(), steps.end(), share);
-    if (next != steps.begin() && share - next[-1] < *next - share) --next;
-    bounds.push_back(std::max<int64_t>(bounds.back(), next - steps.begin()));
-  }
-  bounds.push_back(static_cast<int64_t>(starts.size()) - 1);
-  return bounds;
-}
-
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
 // The driver's function, found at run time: torch does not link the driver's library.
@@ -79,10 +49,10 @@ void run(const FisherInput& input, const std::vector<int64_t>& starts, const Ten
   const int64_t column_tiles = ceil_div(in_features, Tile::kColumns), tiles = row_tiles * column_tiles;
   const int64_t clusters = multiprocessors() / kHopperCluster, sequences = static_cast<int64_t>(starts.size()) - 1;
   STD_TORCH_CHECK(tiles <= 0x7FFFFFFF / 16, "x and grad have too many columns");
-  const int splits = splits_of(tiles, clusters, sequences);
+  const int splits = hopper_splits(tiles, clusters, sequences);
   const int64_t divided = splits > 1 ? tiles % clusters : 0;
   std::vector<int64_t> words = starts;
-  const std::vector<int64_t> bounds = bounds_of(starts, splits);
+  const std::vector<int64_t> bounds = hopper_bounds(starts, splits);
   words.insert(words.end(), bounds.begin(), bounds.end());
   const Tensor on_device = words_on_device(words, out);
   const auto* at = static_cast<const int64_t*>(on_device.const_data_ptr());
@@ -116,7 +86,7 @@ void run(const FisherInput& input, const std::vector<int64_t>& starts, const Ten
   STD_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, map_of(input.g, kHopperTokens),
                                     map_of(input.x, kHopperTokens / kHopperCluster), work, to, parts));
   if (divided == 0) return;
-  const dim3 blocks(grid_size(divided * kHopperCluster * 2), Tile::kSums / 2);
+  const unsigned blocks = grid_size(divided * kHopperCluster * 2 * (Tile::kSums / 2));
   fisher_diag_hopper_sum_kernel<Tile><<<blocks, 128, 0, stream>>>(parts, work, to);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -1,6 +1,8 @@
 // Hopper's own instructions in PTX: the bulk tensor copy engine (TMA), barriers in shared memory, clusters, and
 // products of whole warpgroups (wgmma), which exist in code for sm_90a alone.
-#pragma once
+// tests/native/hopper_on_cpu.h defines the guard and has its own, which run anywhere.
+#ifndef SENSILORA_HOPPER
+#define SENSILORA_HOPPER
 
 #include <cuda.h>
 
@@ -8,11 +10,13 @@
 
 namespace sensilora {
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+// The address of the dynamic shared memory; all that is below names shared memory by such addresses.
+__device__ inline uint32_t dynamic_shared() {
+  extern __shared__ char shared[];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// --- barriers in shared memory, named by their shared address
+// --- barriers in shared memory
 
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -78,8 +82,14 @@ __device__ inline void copy_tile_to(uint16_t blocks, uint32_t to, const CUtensor
       : "memory");
 }
 
-// Shows shared memory that was written by ordinary stores to the tensor cores.
+// Sets 16 bytes of shared memory to zero; after shared_to_async the tensor cores see it.
+__device__ inline void clear_shared(uint32_t address) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+}
 __device__ inline void shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Waits for the other threads of a warpgroup; each of them has a `barrier` of its own, of 1 to 15.
+__device__ inline void warpgroup_sync(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
 
 // --- products of a warpgroup
 
@@ -168,3 +178,5 @@ __device__ inline void registers_up() {
 }
 
 }  // namespace sensilora
+
+#endif

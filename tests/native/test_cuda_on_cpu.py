@@ -8,7 +8,16 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["autocorrelation_diag", "diagonal_metrics", "fisher_diag", "hutchinson", "lora_linear", "lora_segments"]
+    "name",
+    [
+        "autocorrelation_diag",
+        "diagonal_metrics",
+        "fisher_diag",
+        "fisher_diag_hopper",
+        "hutchinson",
+        "lora_linear",
+        "lora_segments",
+    ],
 )
 def test_kernels(tmp_path, name):
     compiler = shutil.which("g++")
