@@ -23,8 +23,8 @@ from sensilora.ops._lora import padded_rank, seed_of
 
 # FLOPs of the base products, forward and backward, for each multiprocessor, up to which launches take longer.
 LAUNCH_BOUND_FLOPS = 2**29
-# Rows up to which calls go to the CUDA C++ passes whatever their FLOPs, since the smaller calls of the same model keep
-# the device waiting.
+# Rows up to which calls go to the CUDA C++ passes whatever their FLOPs: the smaller calls of the same model keep the
+# device waiting.
 NATIVE_ROWS = 2048
 # Ranks up to which those passes serve (csrc/lora_linear_cuda.cu).
 NATIVE_MAX_RANK = 64

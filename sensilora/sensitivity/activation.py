@@ -87,7 +87,11 @@ class ActivationEstimator(Estimator):
             count = x.shape[:-1].numel() if rows is None else rows.count
             last = self._last = _Seen(x, x._version, flat, count, self._total(x, mask))
         # Many batches are summed in fp64; what comes out has the precision of one.
-        matrix.accumulator(x, last.total.shape, torch.float64).add_(last.total)
+        held = matrix.sum_on(x.device)
+        if held is None:
+            matrix.diagonal = last.total.to(torch.float64, copy=True)
+        else:
+            held.add_(last.total)
         matrix.dtype = last.total.dtype
         matrix.tokens += last.rows
         matrix.calls += 1

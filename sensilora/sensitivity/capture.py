@@ -49,13 +49,10 @@ class Matrix:
     def name(self) -> str:
         return self.modules[0]
 
-    def accumulator(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The running sum on `like`'s device, made of zeros at first use."""
-        if self.diagonal is None:
-            self.diagonal = torch.zeros(shape, dtype=dtype, device=like.device)
-        elif self.diagonal.device != like.device:
-            # It was read from a checkpoint.
-            self.diagonal = self.diagonal.to(like.device)
+    def sum_on(self, device: torch.device) -> Tensor | None:
+        """The running sum, brought to `device` from where a checkpoint's was read; None until the matrix has run."""
+        if self.diagonal is not None and self.diagonal.device != device:
+            self.diagonal = self.diagonal.to(device)
         return self.diagonal
 
 

@@ -159,11 +159,12 @@ class FisherEstimator(Estimator):
         """Square and add the calls' gradients, which count as one: they are of one weight."""
         x, grad_output, lengths = calls.parts[0] if len(calls.parts) == 1 else _concatenate(calls.parts)
         calls.parts.clear()
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        out = matrix.accumulator(x, matrix.shape, dtype)
         # A backward pass of "per_loss_term" is of one term a sequence.
         convention = "per_position" if self.mode == "per_position" else "per_sequence"
-        ops.fisher_diag(x, grad_output, mode=convention, lengths=lengths, out=out)
+        # The first sum is written and not added to zeros, which for a large model are tens of gigabytes.
+        matrix.diagonal = ops.fisher_diag(
+            x, grad_output, mode=convention, lengths=lengths, out=matrix.sum_on(x.device)
+        )
         if self.finish is not None and self._last_backward:
             self.finish(matrix)
 
@@ -240,7 +241,7 @@ class FisherEstimator(Estimator):
         if matrix.diagonal is None:
             # It ran, but the loss does not depend on it.
             return torch.zeros(matrix.shape)
-        return matrix.diagonal.mul_(self._scale**-2).div_(self.sequences * self.draws)
+        return matrix.diagonal.div_(self._scale**2 * self.sequences * self.draws)
 
     def accumulator_bytes(self, matrix: Matrix) -> int:
         out_features, in_features = matrix.shape
