@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.harness import Case, Cases, native, relative_error
+from benchmarks.harness import Case, Cases, relative_error, through
 from sensilora import use_backend
 from sensilora.ops import fisher_diag
 from sensilora.ops.fisher_diag import CONVENTIONS
@@ -51,15 +51,17 @@ def cases(device: str) -> Cases:
     found["fisher/per_position/4096x4096/uneven_tokens"] = partial(
         _case, device, "per_position", UNIFORM, 4096, 4096, token_sigma=1.0
     )
-    return found | {
-        f"{name}/native": partial(_native_case, case)
-        for name, case in found.items()
-        if not name.endswith("uneven_tokens") and "14336" not in name
-    }
+    # On Hopper the native extension is picked for per_sequence, Triton for the rest.
+    for name, case in list(found.items()):
+        if "per_sequence" in name:
+            found[f"{name}/triton"] = partial(_through, "triton", case)
+        elif not name.endswith("uneven_tokens"):
+            found[f"{name}/native"] = partial(_through, "native", case)
+    return found
 
 
-def _native_case(case: Callable[[], Case]) -> Case:
-    return native(case(), "fisher_diag")
+def _through(backend: str, case: Callable[[], Case]) -> Case:
+    return through(case(), backend, "fisher_diag")
 
 
 def _case(

@@ -57,27 +57,30 @@ class Case:
 Cases = dict[str, Callable[[], Case]]
 
 
-def native(plain: Case, *ops: str) -> Case:
-    """A GPU case in bf16 with ours through the CUDA C++ backend, which serves where Triton is not installed.
+def through(plain: Case, backend: str, *ops: str) -> Case:
+    """A GPU case in bf16 with ours through one backend, beside ours as it is picked by itself.
 
     Raises:
-        Unavailable: the extension holds no CUDA kernel for one of `ops`.
+        Unavailable: the backend cannot serve one of `ops`.
     """
     for op in ops:
-        reason = _backend.why_not(op, "native", "cuda", torch.bfloat16)
+        reason = _backend.why_not(op, backend, "cuda", torch.bfloat16)
         if reason is not None:
             raise Unavailable(reason)
 
-    def through_native(function: Callable[[], Any]) -> Callable[[], Any]:
+    def forced(function: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
-            with use_backend("native"):
+            with use_backend(backend):
                 return function()
 
         return run
 
-    return replace(
-        plain, ours=through_native(plain.ours), errors=through_native(plain.errors), peers={"Triton": plain.ours}
-    )
+    return replace(plain, ours=forced(plain.ours), errors=forced(plain.errors), peers={"as picked": plain.ours})
+
+
+def native(plain: Case, *ops: str) -> Case:
+    """`through` the CUDA C++ backend, of ops for which Triton is picked; it serves where that is not installed."""
+    return replace(through(plain, "native", *ops), peers={"Triton": plain.ours})
 
 
 @dataclass(frozen=True)
