@@ -3,8 +3,9 @@
 The model, batch and step are bench_model's: Llama-3.1-8B's shape, rank 8 on all seven projections, fp32 adapters over
 bf16 weights (PEFT's default). The peers are the frozen model, the fused layers in groups, and PEFT's AdaLoRA, of rank
 12 that falls to 8, with the orthogonality term that it adds to the loss: by itself, as trainers run it that know
-nothing of it, and with its allocation of ranks, which is to be called after every step. Every arm's peak memory
-includes the adapters and gradients of all arms, about 1 GiB.
+nothing of it, and with its allocation of ranks, which is to be called after every step; with adapters in fp32, for
+which it keeps fp32 copies of all inputs, and in bf16. Every arm's peak memory includes the adapters and gradients of
+all arms, about 1 GiB.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _stock(model: nn.Module, p: float) -> nn.Module:
     return stock
 
 
-def _adalora(model: nn.Module, p: float) -> nn.Module:
+def _adalora(model: nn.Module, p: float, *, in_fp32: bool) -> nn.Module:
     from peft import AdaLoraConfig, get_peft_model
 
     rank = bench_model.AVERAGE_RANK
@@ -54,21 +55,25 @@ def _adalora(model: nn.Module, p: float) -> nn.Module:
         lora_dropout=p,
         target_modules=list(bench_model.PROJECTIONS),
     )
-    return get_peft_model(bench_model._sharing(model), config)
+    return get_peft_model(bench_model._sharing(model), config, autocast_adapter_dtype=in_fp32)
 
 
 def _case(device: str, shape: dict[str, Any], batch: int, length: int, p: float) -> Case:
     model = bench_model._build(device, shape)
     labels = torch.randint(shape["vocab_size"], (batch, length), device=device)
     embeddings = model.get_input_embeddings()(labels).requires_grad_()
-    stock, fused, adalora = _stock(model, p), _fused(model, p), _adalora(model, p)
+    stock, fused = _stock(model, p), _fused(model, p)
+    adaptive = {
+        "PEFT AdaLoRA": _adalora(model, p, in_fp32=True),
+        "PEFT AdaLoRA, bf16 adapters": _adalora(model, p, in_fp32=False),
+    }
 
     def step(arm: nn.Module) -> Any:
         return partial(bench_model._step, arm, embeddings, labels)
 
-    def step_and_allocation() -> Tensor:
-        loss = bench_model._step(adalora, embeddings, labels)
-        adalora.base_model.update_and_allocate(TOTAL_STEPS // 2)
+    def step_and_allocation(arm: nn.Module) -> Tensor:
+        loss = bench_model._step(arm, embeddings, labels)
+        arm.base_model.update_and_allocate(TOTAL_STEPS // 2)
         return loss
 
     return Case(
@@ -79,8 +84,8 @@ def _case(device: str, shape: dict[str, Any], batch: int, length: int, p: float)
         peers={
             "frozen model": step(model),
             "fuse, in groups": step(_fused(model, p, groups=True)),
-            "PEFT AdaLoRA": step(adalora),
-            "PEFT AdaLoRA and its allocation": step_and_allocation,
+            **{name: step(arm) for name, arm in adaptive.items()},
+            **{f"{name}, and its allocation": partial(step_and_allocation, arm) for name, arm in adaptive.items()},
         },
         eager_errors=lambda: _check(device, shape, p)[1],
         floor_flops=bench_model._flops(shape, batch * length, fused),
