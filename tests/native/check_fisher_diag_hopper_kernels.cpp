@@ -102,11 +102,14 @@ int main() {
       for (const auto& lengths : several)
         for (const int clusters : {1, 3, 66}) check_division(rows, columns, lengths, clusters);
 
-  check<Bfloat16Tile<3, false>, Bfloat16Bits>({1, 15, 16, 17, 63, 64, 65, 130}, 136, 200, 1, true);
-  check<Bfloat16Tile<3, false>, Bfloat16Bits>({64, 5, 200, 64, 33}, 264, 8, 3, false);
-  check<Bfloat16Tile<3, false>, Bfloat16Bits>({70, 20}, 8, 392, 2, true);
-  check<HopperTile<HalfProducts, 3, false>, HalfBits>({512}, 72, 192, 1, false);
-  check<Bfloat16Tile<2, true>, Bfloat16Bits>({600, 3, 1030}, 24, 136, 1, true);
-  check<HopperTile<HalfProducts, 2, true>, HalfBits>({513, 40}, 16, 24, 4, false);
+  for (const bool late : {false, true}) {
+    hopper_on_cpu::late = late;
+    check<Bfloat16Tile<3, false>, Bfloat16Bits>({1, 15, 16, 17, 63, 64, 65, 130}, 136, 200, 1, true);
+    check<Bfloat16Tile<3, false>, Bfloat16Bits>({64, 5, 200, 64, 33}, 264, 8, 3, false);
+    check<Bfloat16Tile<3, false>, Bfloat16Bits>({70, 20}, 8, 392, 2, true);
+    check<HopperTile<HalfProducts, 3, false>, HalfBits>({512}, 72, 192, 1, false);
+    check<Bfloat16Tile<2, true>, Bfloat16Bits>({600, 3, 1030}, 24, 136, 1, true);
+    check<HopperTile<HalfProducts, 2, true>, HalfBits>({513, 40}, 16, 24, 4, false);
+  }
   std::puts("passed");
 }

@@ -1,10 +1,13 @@
 // What csrc/hopper.cuh has, on the CPU: copies of tiles, barriers, clusters and products of warpgroups, with shared
-// memory laid out as the PTX manual has it. The two blocks of a cluster run side by side; copies arrive at once, in the
-// order in which they were asked for, and products are made at once.
+// memory laid out as the PTX manual has it. The two blocks of a cluster run side by side. What is asynchronous happens
+// either at once or, where `late`, as late as it may: copies in any order at any later time, products when they are
+// waited for, and threads run in any order. A kernel that gives the same both ways waits for all it needs.
 #pragma once
 
 #include <algorithm>
 #include <map>
+#include <numeric>
+#include <random>
 
 #include "cuda_on_cpu.h"
 
@@ -36,10 +39,23 @@ struct Barrier {
   }
 };
 
+// What a warpgroup multiplies: it is done when one of its threads waits for it and all of them have asked for it.
+struct Group {
+  std::vector<std::function<void()>> products;
+  int commits = 0;
+};
+
+struct Warpgroup {
+  std::vector<Group> groups;
+  std::vector<size_t> committed = std::vector<size_t>(128);  // by each thread
+  size_t done = 0;
+};
+
 struct Block {
   std::vector<uint8_t> shared;
   std::map<uint32_t, Barrier> barriers;
   std::map<int, std::pair<int, unsigned>> named;  // arrived and turn of the barriers of a warpgroup
+  std::map<int, Warpgroup> warpgroups;
 };
 
 inline std::vector<Block> blocks;
@@ -47,6 +63,9 @@ inline std::vector<cuda_on_cpu::Fiber> fibers;
 inline int threads = 0, arrived = 0;
 inline unsigned turn = 0;
 inline std::function<void()> body;
+inline bool late = false;
+inline std::vector<std::function<void()>> copies;  // that have not arrived
+inline std::mt19937 generator(1);
 
 inline int rank() { return blockIdx.x % kBlocks; }
 inline cuda_on_cpu::Fiber& fiber() { return fibers[rank() * threads + threadIdx.x]; }
@@ -76,7 +95,7 @@ inline Barrier& barrier(int block, uint32_t address) {
   return found->second;
 }
 
-inline void copy(int block, uint32_t to, const CUtensorMap& map, int column, int row, uint32_t ready) {
+inline void copy_now(int block, uint32_t to, const CUtensorMap& map, int column, int row, uint32_t ready) {
   for (int r = 0; r < map.box_rows; ++r)
     for (int c = 0; c < 64; ++c) {
       const int from_row = row + r, from_column = column + c;
@@ -89,6 +108,44 @@ inline void copy(int block, uint32_t to, const CUtensorMap& map, int column, int
   there.settle();
 }
 
+inline void copy(int block, uint32_t to, const CUtensorMap& map, int column, int row, uint32_t ready) {
+  if (!late) return copy_now(block, to, map, column, row, ready);
+  copies.push_back([=] { copy_now(block, to, map, column, row, ready); });
+}
+
+// Some of the copies that have not arrived.
+inline void deliver() {
+  std::shuffle(copies.begin(), copies.end(), generator);
+  for (size_t some = (copies.size() + 2) / 3; some > 0; --some) {
+    copies.back()();
+    copies.pop_back();
+  }
+}
+
+inline Warpgroup& warpgroup() { return blocks[rank()].warpgroups[threadIdx.x / 128]; }
+
+// This thread's open group.
+inline Group& open_group() {
+  Warpgroup& own = warpgroup();
+  const size_t index = own.committed[threadIdx.x % 128];
+  if (own.groups.size() <= index) own.groups.resize(index + 1);
+  return own.groups[index];
+}
+
+inline void wait_for_products(size_t but) {
+  Warpgroup& own = warpgroup();
+  const size_t committed = own.committed[threadIdx.x % 128], wanted = committed > but ? committed - but : 0;
+  while (own.done < wanted) {
+    if (own.groups[own.done].commits < 128) {
+      yield();
+      continue;
+    }
+    for (const auto& product : own.groups[own.done].products) product();
+    own.groups[own.done].products.clear();
+    ++own.done;
+  }
+}
+
 // Runs a kernel in clusters of two blocks, one cluster after the other. Shared memory begins with NaN in it.
 template <class Kernel, class... Args>
 void launch(Kernel kernel, int64_t count, int block_threads, Args... args) {
@@ -97,8 +154,10 @@ void launch(Kernel kernel, int64_t count, int block_threads, Args... args) {
   gridDim.x = static_cast<unsigned>(count);
   fibers.resize(kBlocks * threads);
   for (unsigned cluster = 0; cluster < count / kBlocks; ++cluster) {
-    blocks.assign(kBlocks, {std::vector<uint8_t>(kSharedBytes, 0xFF), {}, {}});
+    blocks.assign(kBlocks, {std::vector<uint8_t>(kSharedBytes, 0xFF), {}, {}, {}});
     arrived = 0;
+    std::vector<int> order(kBlocks * threads);
+    std::iota(order.begin(), order.end(), 0);
     for (auto& one : fibers) {
       getcontext(&one.context);
       one.context.uc_stack.ss_sp = one.stack.data();
@@ -109,13 +168,21 @@ void launch(Kernel kernel, int64_t count, int block_threads, Args... args) {
     }
     for (bool running = true; running;) {
       running = false;
-      for (int i = 0; i < kBlocks * threads; ++i) {
+      if (late) {
+        deliver();
+        std::shuffle(order.begin(), order.end(), generator);
+      }
+      for (const int i : order) {
         if (fibers[i].done) continue;
         running = true;
         blockIdx.x = cluster * kBlocks + i / threads;
         threadIdx.x = i % threads;
         swapcontext(&cuda_on_cpu::scheduler, &fibers[i].context);
       }
+    }
+    if (!copies.empty()) {
+      std::printf("%zu copies had not arrived at the end\n", copies.size());
+      std::exit(1);
     }
   }
 }
@@ -177,9 +244,14 @@ inline void clear_shared(uint32_t address) {
 inline void shared_to_async() {}
 
 inline void products_begin() {}
-inline void products_commit() {}
+inline void products_commit() {
+  ++hopper_on_cpu::open_group().commits;
+  ++hopper_on_cpu::warpgroup().committed[threadIdx.x % 128];
+}
 template <int kGroups>
-void products_wait() {}
+void products_wait() {
+  hopper_on_cpu::wait_for_products(kGroups);
+}
 template <int kSize>
 void products_done(float (&)[kSize]) {}
 template <int kCount>
@@ -204,12 +276,21 @@ template <class T>
 struct ProductsOnCpu {
   template <int kSums>
   static void multiply(float (&d)[kSums], uint64_t a, uint64_t b, int add) {
-    const auto value = [](uint64_t descriptor, int k, int m) {
+    const int block = hopper_on_cpu::rank(), thread = threadIdx.x % 128;
+    const auto product = [&d, a, b, add, block, thread] { multiply_now(d, a, b, add, block, thread); };
+    if (!hopper_on_cpu::late) return product();
+    hopper_on_cpu::open_group().products.push_back(product);
+  }
+
+ private:
+  template <int kSums>
+  static void multiply_now(float (&d)[kSums], uint64_t a, uint64_t b, int add, int block, int thread) {
+    const auto value = [=](uint64_t descriptor, int k, int m) {
       uint16_t bits;
-      std::memcpy(&bits, hopper_on_cpu::at(hopper_on_cpu::rank(), operand_address(descriptor, k, m), 2), 2);
+      std::memcpy(&bits, hopper_on_cpu::at(block, operand_address(descriptor, k, m), 2), 2);
       return T::low(bits);
     };
-    const int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
+    const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
     float left[2][16];
     for (int half = 0; half < 2; ++half)
       for (int k = 0; k < 16; ++k) left[half][k] = value(a, k, row + 8 * half);
