@@ -1,5 +1,6 @@
-// fisher_diag on CUDA, but for what fisher_diag_hopper_cuda.cu serves: fisher_diag_kernels.cuh says how. The tiles of small matrices do not fill the
-// device; their sequences are then divided among splits, whose partial results are added by another launch.
+// fisher_diag on CUDA, but for what fisher_diag_hopper_cuda.cu serves: fisher_diag_kernels.cuh says how. The tiles of
+// small matrices do not fill the device; their sequences are then divided among splits, whose partial results are added
+// by another launch.
 #include <algorithm>
 #include <vector>
 

@@ -18,8 +18,12 @@ EncodeTiled encode_tiled() {
   static const auto found = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
     STD_CUDA_CHECK(
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result));
+#else
+    STD_CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result));
+#endif
     STD_TORCH_CHECK(function != nullptr, "the CUDA driver has no cuTensorMapEncodeTiled; a newer one is needed");
     return reinterpret_cast<EncodeTiled>(function);
   }();
@@ -30,7 +34,9 @@ EncodeTiled encode_tiled() {
 CUtensorMap map_of(const Matrix& matrix, int box_rows) {
   const bool half = matrix.tensor.scalar_type() == ScalarType::Half;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.columns), static_cast<cuuint64_t>(matrix.rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.stride) * 2};
+  // One row may have any stride.
+  const int64_t stride = matrix.rows > 1 ? matrix.stride : matrix.columns;
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
   CUtensorMap map;
   const CUresult result = encode_tiled()(
