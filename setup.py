@@ -6,6 +6,7 @@ CUDA ops where torch has CUDA and a CUDA toolkit is found.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,24 +19,26 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
-def with_hopper(architectures: str) -> str:
-    """The list with 9.0a wherever it has 9.0: Hopper's own instructions exist in code for that alone.
+def cuda_architectures(torch) -> list[str]:
+    """What to compile for: what TORCH_CUDA_ARCH_LIST says, or else this machine's GPUs, or else the default.
 
-    9.0 stays where its PTX is wanted, for later GPUs; of both, Hopper loads 9.0a.
+    With 9.0 comes 9.0a, since Hopper's own instructions exist in code for that alone; of both, Hopper loads 9.0a.
     """
-    wanted = architectures.replace(" ", ";").split(";")
-    if not {"9.0", "9.0+PTX"} & set(wanted):
-        return architectures
-    return ";".join(["9.0a", *(name for name in wanted if name not in {"", "9.0", "9.0a"})])
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace("Hopper", "9.0+PTX").replace(" ", ";").strip(";")
+    if named in {"", "native"}:
+        named = visible_architectures(torch) if torch.cuda.is_available() else DEFAULT_CUDA_ARCHITECTURES
+    wanted = list(filter(None, named.split(";")))
+    if {"9.0", "9.0+PTX"} & set(wanted):
+        wanted = ["9.0a", *(name for name in wanted if name not in {"9.0", "9.0a"})]
+    return wanted
 
 
-def cuda_architectures(torch) -> str:
-    """What to compile for: what TORCH_CUDA_ARCH_LIST says, or else this machine's GPUs, if it has any."""
-    named = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not named and torch.cuda.is_available():
-        found = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
-        named = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
-    return with_hopper(named or DEFAULT_CUDA_ARCHITECTURES)
+def visible_architectures(torch) -> str:
+    """As torch would choose: this machine's GPUs, none newer than it knows, and of the newest PTX for later ones."""
+    known = max(int(re.sub(r"\D", "", name)) for name in torch.cuda.get_arch_list() if name.startswith("sm_"))
+    found = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    names = sorted({min(capability, divmod(known, 10)) for capability in found})
+    return ";".join(f"{major}.{minor}" for major, minor in names) + "+PTX"
 
 
 def cuda_problem(cpp_extension, torch) -> str | None:
@@ -86,8 +89,10 @@ def native_build() -> dict:
         extension = cpp_extension.CUDAExtension
         sources += sorted(map(str, CSRC.glob("*.cu")))
         flags["nvcc"] = ["-O3", "--threads=2"]
-        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(torch)
-        macros.append(("SENSILORA_WITH_HOPPER", str(int("9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]))))
+        architectures = cuda_architectures(torch)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
+        macros.append(("SENSILORA_WITH_HOPPER", str(int("9.0a" in architectures))))
+        macros.append(("SENSILORA_CUDA_ARCHITECTURES", ",".join(architectures)))
     module = extension(
         "sensilora._C",
         sources,

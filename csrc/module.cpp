@@ -12,11 +12,18 @@
 #ifndef SENSILORA_WITH_HOPPER
 #define SENSILORA_WITH_HOPPER 0
 #endif
+#ifndef SENSILORA_CUDA_ARCHITECTURES
+#define SENSILORA_CUDA_ARCHITECTURES
+#endif
+// The list has commas in it.
+#define SENSILORA_AS_TEXT(...) #__VA_ARGS__
+#define SENSILORA_TEXT_OF(...) SENSILORA_AS_TEXT(__VA_ARGS__)
 
 PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = "C++ " __VERSION__;
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("cuda") = static_cast<bool>(SENSILORA_WITH_CUDA);
+  m.attr("cuda_architectures") = SENSILORA_TEXT_OF(SENSILORA_CUDA_ARCHITECTURES);
   m.attr("hopper") = static_cast<bool>(SENSILORA_WITH_HOPPER);
   m.def("cpu_level", &sensilora::cpu_level_name, "The vector instructions the CPU ops use on this machine.");
 }

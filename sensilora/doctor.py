@@ -85,14 +85,17 @@ def _service(op: str, device_type: str, forced: str | None) -> dict[str, Any]:
     for name in _backend.BACKENDS:
         if name != chosen:
             reason = _backend.why_not(op, name, device_type, torch.float32)
-            others[name] = reason or _passed_over(name, chosen, device_type, forced)
+            others[name] = reason or _passed_over(op, name, chosen, device_type, forced)
     return {"backend": chosen, "why_not": others}
 
 
-def _passed_over(name: str, chosen: str | None, device_type: str, forced: str | None) -> str:
+def _passed_over(op: str, name: str, chosen: str | None, device_type: str, forced: str | None) -> str:
     """Why a backend that could serve is not the one taken."""
     if forced is not None:
         return f"it could serve, but {forced} was asked for"
     if name == "triton" and device_type == "cpu":
         return "it serves CPU tensors only when asked for by name"
+    taken = _backend.taken_calls(op, name) if device_type == "cuda" else None
+    if taken is not None:
+        return f"it takes {taken}; for others {chosen} comes first"
     return f"it could serve, but {chosen} comes first"

@@ -45,6 +45,8 @@ def test_build_facts():
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", extension.torch_version)
     assert extension.cpu_level() in LEVELS
     assert isinstance(extension.cuda, bool)
+    assert bool(extension.cuda_architectures) == extension.cuda
+    assert extension.hopper == ("9.0a" in extension.cuda_architectures.split(","))
     assert not extension.cuda or torch.version.cuda is not None
 
 
@@ -239,24 +241,28 @@ def test_cuda_sources_compile_without_spilling_registers(tmp_path, name):
     ("named", "capabilities", "expected"),
     [
         ("", [], "9.0a;8.0;9.0+PTX"),
-        ("", [(9, 0), (9, 0)], "9.0a"),
-        ("", [(8, 0), (9, 0)], "9.0a;8.0"),
-        ("", [(8, 6)], "8.6"),
+        ("", [(9, 0), (9, 0)], "9.0a;9.0+PTX"),
+        ("", [(8, 0), (9, 0)], "9.0a;8.0;9.0+PTX"),
+        ("native", [(8, 6)], "8.6+PTX"),
+        ("", [(13, 0)], "12.0+PTX"),
         ("8.0;9.0+PTX", [(8, 6)], "9.0a;8.0;9.0+PTX"),
         ("8.0 9.0a 9.0", [], "9.0a;8.0"),
-        ("10.0", [], "10.0"),
+        ("9.0a", [], "9.0a"),
+        ("Hopper", [], "9.0a;9.0+PTX"),
+        ("10.0;", [], "10.0"),
         ("Ampere", [], "Ampere"),
     ],
 )
 def test_hopper_gets_code_with_its_own_instructions(monkeypatch, named, capabilities, expected):
-    functions = {"setup": lambda **kwargs: None}
+    functions = {}
     source = (ROOT / "setup.py").read_text().replace("setup(**native_build())", "")
     exec(compile(source, "setup.py", "exec"), functions)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
-    assert functions["cuda_architectures"](torch) == expected
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "sm_120", "compute_120"])
+    assert functions["cuda_architectures"](torch) == expected.split(";")
 
 
 @pytest.mark.parametrize(

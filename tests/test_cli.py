@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import sensilora
-from sensilora import _files
+from sensilora import _files, doctor
 from sensilora.adapters import load_adapter
 from sensilora.cli import app, main
 from sensilora.data import read_rows
@@ -493,6 +493,13 @@ def test_doctor(capsys):
     out = succeed(capsys, "doctor")
     assert "lora_linear" in out
     assert torch.__version__ in out
+
+
+def test_doctor_tells_which_calls_go_past_the_first_backend():
+    others = ("native", "triton", "cuda", None)
+    taken, passed = (doctor._passed_over(op, *others) for op in ("fisher_diag", "rademacher"))
+    assert taken == "it takes 16-bit rows per sequence on Hopper; for others triton comes first"
+    assert passed == "it could serve, but triton comes first"
 
 
 def test_demo_says_before_it_starts_that_it_needs_matplotlib(capsys, monkeypatch):

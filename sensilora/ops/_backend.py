@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +36,13 @@ class Implementation:
     """One backend's code for one op, and the dtypes of the main input that it serves.
 
     `native_op` names the op of the native extension that a native implementation calls, where it is another's.
+    `takes` says which CUDA calls are left to it although another backend comes first, as the op's file decides.
     """
 
     call: Callable[..., Any]
     dtypes: frozenset[torch.dtype] = FLOATS
     native_op: str | None = None
+    takes: str | None = None
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -56,6 +59,11 @@ def register(op: str, **implementations: Implementation) -> None:
 def registered_ops() -> list[str]:
     """Names of the ops in the table, in registration order."""
     return list(_table)
+
+
+def taken_calls(op: str, backend: str) -> str | None:
+    """Which CUDA calls of `op` are left to `backend` although another comes first, as a clause; None if none are."""
+    return _table[op][backend].takes if backend in _table[op] else None
 
 
 def backends_of(op: str) -> list[str]:
@@ -160,7 +168,38 @@ def _why_not_native(op: str, device_type: str) -> str | None:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"sensilora_C::{op}", key):
         return f"the native extension holds no {device_type.upper()} kernel for {op}"
+    return _why_not_these_gpus() if device_type == "cuda" else None
+
+
+def _why_not_these_gpus() -> str | None:
+    built = getattr(importlib.import_module("sensilora._C"), "cuda_architectures", "")
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
+        if not runs_on(built, capability):
+            return (
+                f"the native extension was built for {built.replace(',', ', ')} and holds no code for GPU {device}, "
+                f"of compute capability {'.'.join(map(str, capability))}; build it on this machine "
+                "(pip install --no-build-isolation -e .)"
+            )
     return None
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `architectures`, as TORCH_CUDA_ARCH_LIST has them but with commas, runs on such a GPU.
+
+    Code runs on GPUs of its major version that are not older, code for 9.0a on 9.0 alone, and PTX on all that are not
+    older. A name that is not a number, such as Ampere, may stand for any.
+    """
+    for name in filter(None, architectures.split(",")):
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if found is None:
+            return True
+        major, minor = int(found[1]), int(found[2])
+        if (major, minor) == capability:
+            return True
+        if not found[3] and (major, minor) < capability and (major == capability[0] or found[4]):
+            return True
+    return not architectures
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

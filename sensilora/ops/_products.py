@@ -28,6 +28,9 @@ LAUNCH_BOUND_FLOPS = 2**29
 NATIVE_ROWS = 2048
 # Ranks up to which those passes serve (csrc/lora_linear_cuda.cu).
 NATIVE_MAX_RANK = 64
+NATIVE_TAKES = (
+    f"16-bit calls of up to {NATIVE_ROWS:,} rows, or that launches take longer than, outside of CUDA graphs"
+)
 
 
 def serve(x: Tensor, weights: Sequence[Tensor]) -> bool:

@@ -174,13 +174,15 @@ def _triton_backward(grads, x, h, weights, lora_As, lora_Bs, scalings, dropout_p
 _backend.register(
     "lora_group",
     triton=Implementation(_triton, _TRITON_DTYPES),
-    native=Implementation(_native_forward, _NATIVE_DTYPES, native_op="lora_linear"),
+    native=Implementation(_native_forward, _NATIVE_DTYPES, native_op="lora_linear", takes=_products.NATIVE_TAKES),
     torch=Implementation(_by_member(_reference)),
 )
 _backend.register(
     "lora_group_backward",
     triton=Implementation(_triton_backward, _TRITON_DTYPES),
-    native=Implementation(_native_gradients, _NATIVE_DTYPES, native_op="lora_linear_backward"),
+    native=Implementation(
+        _native_gradients, _NATIVE_DTYPES, native_op="lora_linear_backward", takes=_products.NATIVE_TAKES
+    ),
     torch=Implementation(_backward_by_member(_reference_backward)),
 )
 

@@ -144,13 +144,13 @@ _TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _backend.register(
     "lora_linear",
     triton=Implementation(_triton, _TRITON_DTYPES),
-    native=Implementation(_native, _NATIVE_DTYPES),
+    native=Implementation(_native, _NATIVE_DTYPES, takes=_products.NATIVE_TAKES),
     torch=Implementation(_reference),
 )
 _backend.register(
     "lora_linear_backward",
     triton=Implementation(_triton_backward, _TRITON_DTYPES),
-    native=Implementation(_native_backward, _NATIVE_DTYPES),
+    native=Implementation(_native_backward, _NATIVE_DTYPES, takes=_products.NATIVE_TAKES),
     torch=Implementation(_reference_backward),
 )
 

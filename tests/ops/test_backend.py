@@ -91,3 +91,31 @@ def test_every_op_has_a_reference():
         _backend.registered_ops()
     )
     assert all("torch" in _backend.backends_of(op) for op in _backend.registered_ops())
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("8.0,9.0a", (8, 0), True),
+        ("8.0,9.0a", (8, 6), True),
+        ("8.0,9.0a", (9, 0), True),
+        ("8.0,9.0a", (7, 5), False),
+        ("8.0,9.0a", (10, 0), False),
+        ("8.6", (8, 0), False),
+        ("9.0a,9.0+PTX", (12, 0), True),
+        ("9.0a,9.0+PTX", (8, 9), False),
+        ("12.0", (10, 0), False),
+        ("Ampere", (9, 0), True),
+        ("", (9, 0), True),  # of an extension that does not tell
+    ],
+)
+def test_which_gpus_the_extensions_code_runs_on(built, capability, runs):
+    assert _backend.runs_on(built, capability) == runs
+
+
+def test_an_extension_without_code_for_the_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("sensilora._C"), "cuda_architectures", "9.0a")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (8, 6)].__getitem__)
+    reason = _backend._why_not_these_gpus()
+    assert "built for 9.0a and holds no code for GPU 1, of compute capability 8.6" in reason
