@@ -44,6 +44,7 @@ def cases(device: str) -> Cases:
             ("per_sequence", 4096, "n16_t512", UNIFORM),
             ("per_sequence", 14336, "n16_t512", UNIFORM),
             ("per_sequence", 4096, "ragged", RAGGED),
+            ("per_sequence", 4096, "n8_t1024", (1024,) * 8),
             ("per_sequence", 4096, "n4_t2048", (2048,) * 4),
             ("per_position", 4096, "n16_t512", UNIFORM),
         )
