@@ -41,6 +41,14 @@ def visible_architectures(torch) -> str:
     return ";".join(f"{major}.{minor}" for major, minor in names) + "+PTX"
 
 
+def cuda_macros(architectures: list[str]) -> list[tuple[str, str]]:
+    """What the sources are told of them; the extension tells Python. nvcc would take a comma for the next macro."""
+    return [
+        ("SENSILORA_WITH_HOPPER", str(int("9.0a" in architectures))),
+        ("SENSILORA_CUDA_ARCHITECTURES", ":".join(architectures)),
+    ]
+
+
 def cuda_problem(cpp_extension, torch) -> str | None:
     """Why the CUDA ops cannot be built, or None."""
     if torch.version.cuda is None:
@@ -91,8 +99,7 @@ def native_build() -> dict:
         flags["nvcc"] = ["-O3", "--threads=2"]
         architectures = cuda_architectures(torch)
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
-        macros.append(("SENSILORA_WITH_HOPPER", str(int("9.0a" in architectures))))
-        macros.append(("SENSILORA_CUDA_ARCHITECTURES", ",".join(architectures)))
+        macros += cuda_macros(architectures)
     module = extension(
         "sensilora._C",
         sources,

@@ -15,9 +15,8 @@
 #ifndef SENSILORA_CUDA_ARCHITECTURES
 #define SENSILORA_CUDA_ARCHITECTURES
 #endif
-// The list has commas in it.
-#define SENSILORA_AS_TEXT(...) #__VA_ARGS__
-#define SENSILORA_TEXT_OF(...) SENSILORA_AS_TEXT(__VA_ARGS__)
+#define SENSILORA_AS_TEXT(words) #words
+#define SENSILORA_TEXT_OF(words) SENSILORA_AS_TEXT(words)
 
 PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = "C++ " __VERSION__;

@@ -46,7 +46,7 @@ def test_build_facts():
     assert extension.cpu_level() in LEVELS
     assert isinstance(extension.cuda, bool)
     assert bool(extension.cuda_architectures) == extension.cuda
-    assert extension.hopper == ("9.0a" in extension.cuda_architectures.split(","))
+    assert extension.hopper == ("9.0a" in extension.cuda_architectures.split(":"))
     assert not extension.cuda or torch.version.cuda is not None
 
 
@@ -202,6 +202,14 @@ def test_citation_and_package_agree():
     assert all(entry["authors"] and entry["title"] and entry["type"] for entry in citation["references"])
 
 
+def setup_functions() -> dict:
+    """What setup.py defines, without setting anything up."""
+    functions: dict = {}
+    source = (ROOT / "setup.py").read_text().replace("setup(**native_build())", "")
+    exec(compile(source, "setup.py", "exec"), functions)
+    return functions
+
+
 def cuda_toolkit() -> Path | None:
     """A folder with bin/nvcc and headers; a wrapper of nvcc elsewhere on PATH does not tell where those are."""
     roots = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
@@ -226,8 +234,9 @@ def test_cuda_sources_compile_without_spilling_registers(tmp_path, name):
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DSENSILORA_WITH_CUDA=1"]
     flags += [*cpp_extension.COMMON_NVCC_FLAGS, *(f"-I{folder}" for folder in cpp_extension.include_paths("cpu"))]
     flags += ["--generate-code=arch=compute_80,code=sm_80"]
+    flags += [f"-D{macro}={value}" for macro, value in setup_functions()["cuda_macros"](["9.0a", "8.0", "9.0+PTX"])]
     if "hopper" in name:
-        flags += ["--generate-code=arch=compute_90a,code=sm_90a", "-DSENSILORA_WITH_HOPPER=1"]
+        flags += ["--generate-code=arch=compute_90a,code=sm_90a"]
     command = [toolkit / "bin" / "nvcc", "-c", ROOT / "csrc" / name, "-o", tmp_path / "object.o", *flags]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -254,15 +263,12 @@ def test_cuda_sources_compile_without_spilling_registers(tmp_path, name):
     ],
 )
 def test_hopper_gets_code_with_its_own_instructions(monkeypatch, named, capabilities, expected):
-    functions = {}
-    source = (ROOT / "setup.py").read_text().replace("setup(**native_build())", "")
-    exec(compile(source, "setup.py", "exec"), functions)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "sm_120", "compute_120"])
-    assert functions["cuda_architectures"](torch) == expected.split(";")
+    assert setup_functions()["cuda_architectures"](torch) == expected.split(";")
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def _why_not_these_gpus() -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if not runs_on(built, capability):
             return (
-                f"the native extension was built for {built.replace(',', ', ')} and holds no code for GPU {device}, "
+                f"the native extension was built for {built.replace(':', ', ')} and holds no code for GPU {device}, "
                 f"of compute capability {'.'.join(map(str, capability))}; build it on this machine "
                 "(pip install --no-build-isolation -e .)"
             )
@@ -185,12 +185,12 @@ def _why_not_these_gpus() -> str | None:
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether code for `architectures`, as TORCH_CUDA_ARCH_LIST has them but with commas, runs on such a GPU.
+    """Whether code for `architectures`, as TORCH_CUDA_ARCH_LIST has them but with colons, runs on such a GPU.
 
     Code runs on GPUs of its major version that are not older, code for 9.0a on 9.0 alone, and PTX on all that are not
     older. A name that is not a number, such as Ampere, may stand for any.
     """
-    for name in filter(None, architectures.split(",")):
+    for name in filter(None, architectures.split(":")):
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
         if found is None:
             return True

@@ -96,14 +96,14 @@ def test_every_op_has_a_reference():
 @pytest.mark.parametrize(
     ("built", "capability", "runs"),
     [
-        ("8.0,9.0a", (8, 0), True),
-        ("8.0,9.0a", (8, 6), True),
-        ("8.0,9.0a", (9, 0), True),
-        ("8.0,9.0a", (7, 5), False),
-        ("8.0,9.0a", (10, 0), False),
+        ("8.0:9.0a", (8, 0), True),
+        ("8.0:9.0a", (8, 6), True),
+        ("8.0:9.0a", (9, 0), True),
+        ("8.0:9.0a", (7, 5), False),
+        ("8.0:9.0a", (10, 0), False),
         ("8.6", (8, 0), False),
-        ("9.0a,9.0+PTX", (12, 0), True),
-        ("9.0a,9.0+PTX", (8, 9), False),
+        ("9.0a:9.0+PTX", (12, 0), True),
+        ("9.0a:9.0+PTX", (8, 9), False),
         ("12.0", (10, 0), False),
         ("Ampere", (9, 0), True),
         ("", (9, 0), True),  # of an extension that does not tell
