@@ -1,12 +1,26 @@
 // Hopper's own instructions in PTX: the bulk tensor copy engine (TMA), barriers in shared memory, clusters, and
 // products of whole warpgroups (wgmma), which exist in code for sm_90a alone.
+#pragma once
+
+#include <cstdint>
+
+namespace sensilora {
+
+// How the tensor cores find an operand: tiles of 64 columns, each of rows of 128 bytes that the copy engine swizzled,
+// `tile_bytes` apart. 16 rows, one product's, are 2048 bytes.
+__device__ inline uint64_t operand_descriptor(uint32_t address, uint32_t tile_bytes) {
+  constexpr uint64_t kSwizzled128 = 1, kEightRows = 1024;
+  return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(tile_bytes >> 4) << 16 | kEightRows >> 4 << 32 |
+         kSwizzled128 << 62;
+}
+
+}  // namespace sensilora
+
 // tests/native/hopper_on_cpu.h defines the guard and has its own, which run anywhere.
 #ifndef SENSILORA_HOPPER
 #define SENSILORA_HOPPER
 
 #include <cuda.h>
-
-#include <cstdint>
 
 namespace sensilora {
 
@@ -100,65 +114,50 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// How the tensor cores find an operand: tiles of 64 columns, each of rows of 128 bytes that the copy engine swizzled,
-// `tile_bytes` apart. 16 rows, one product's, are 2048 bytes.
-__device__ inline uint64_t operand_descriptor(uint32_t address, uint32_t tile_bytes) {
-  constexpr uint64_t kSwizzled128 = 1, kEightRows = 1024;
-  return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(tile_bytes >> 4) << 16 | kEightRows >> 4 << 32 |
-         kSwizzled128 << 62;
-}
-
-#define SENSILORA_D(i) "+f"(d[4 * i]), "+f"(d[4 * i + 1]), "+f"(d[4 * i + 2]), "+f"(d[4 * i + 3])
-#define SENSILORA_WGMMA_128(TYPE)                                                                                   \
-  asm volatile(                                                                                                     \
-      "{.reg .pred p; setp.ne.b32 p, %66, 0;"                                                                       \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "                                              \
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                            \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                            \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                           \
-      "%64, %65, p, 1, 1, 1, 1;}"                                                                                   \
-      :                                                                                                             \
-        SENSILORA_D(0), SENSILORA_D(1), SENSILORA_D(2), SENSILORA_D(3),                                             \
-        SENSILORA_D(4), SENSILORA_D(5), SENSILORA_D(6), SENSILORA_D(7),                                             \
-        SENSILORA_D(8), SENSILORA_D(9), SENSILORA_D(10), SENSILORA_D(11),                                           \
-        SENSILORA_D(12), SENSILORA_D(13), SENSILORA_D(14), SENSILORA_D(15)                                          \
-      : "l"(a), "l"(b), "r"(add))
-
-#define SENSILORA_WGMMA_192(TYPE)                                                                                   \
-  asm volatile(                                                                                                     \
-      "{.reg .pred p; setp.ne.b32 p, %98, 0;"                                                                       \
-      "wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPE "." TYPE " "                                              \
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                            \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                            \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                            \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                            \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "                           \
-      "%96, %97, p, 1, 1, 1, 1;}"                                                                                   \
-      :                                                                                                             \
-        SENSILORA_D(0), SENSILORA_D(1), SENSILORA_D(2), SENSILORA_D(3),                                             \
-        SENSILORA_D(4), SENSILORA_D(5), SENSILORA_D(6), SENSILORA_D(7),                                             \
-        SENSILORA_D(8), SENSILORA_D(9), SENSILORA_D(10), SENSILORA_D(11),                                           \
-        SENSILORA_D(12), SENSILORA_D(13), SENSILORA_D(14), SENSILORA_D(15),                                         \
-        SENSILORA_D(16), SENSILORA_D(17), SENSILORA_D(18), SENSILORA_D(19),                                         \
-        SENSILORA_D(20), SENSILORA_D(21), SENSILORA_D(22), SENSILORA_D(23)                                          \
-      : "l"(a), "l"(b), "r"(add))
+#define SENSILORA_SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SENSILORA_SUMS_16(i) \
+  SENSILORA_SUMS_4(i), SENSILORA_SUMS_4(i + 4), SENSILORA_SUMS_4(i + 8), SENSILORA_SUMS_4(i + 12)
+#define SENSILORA_SUMS_32(i) SENSILORA_SUMS_16(i), SENSILORA_SUMS_16(i + 16)
+#define SENSILORA_NAMES_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SENSILORA_NAMES_96 \
+  SENSILORA_NAMES_64 ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+// The operands are numbered as they come: the sums that NAMES has, then a, b and add.
+#define SENSILORA_WGMMA(TYPE, COLUMNS, NAMES, A, B, ADD, ...)                                                   \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0;"                                                      \
+               "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE " {" NAMES "}, " A ", " B   \
+               ", p, 1, 1, 1, 1;}"                                                                              \
+               : __VA_ARGS__                                                                                    \
+               : "l"(a), "l"(b), "r"(add))
 
 // d (64, columns) = or += a b for a stored as (16, 64), b as (16, columns), where `add` is 0 or not. Warp w of the
 // warpgroup holds the rows from 16 w on; lane 4 g + t of it has the columns 8 i + 2t and 8 i + 2t + 1, of row g in
 // d[4 i] and d[4 i + 1], of row g + 8 in d[4 i + 2] and d[4 i + 3].
-struct Bfloat16Products {
-  static __device__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int add) { SENSILORA_WGMMA_128("bf16"); }
-  static __device__ void multiply(float (&d)[96], uint64_t a, uint64_t b, int add) { SENSILORA_WGMMA_192("bf16"); }
-};
-struct HalfProducts {
-  static __device__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int add) { SENSILORA_WGMMA_128("f16"); }
-  static __device__ void multiply(float (&d)[96], uint64_t a, uint64_t b, int add) { SENSILORA_WGMMA_192("f16"); }
-};
-#undef SENSILORA_WGMMA_128
-#undef SENSILORA_WGMMA_192
-#undef SENSILORA_D
+#define SENSILORA_PRODUCTS(NAME, TYPE)                                                                      \
+  struct NAME {                                                                                             \
+    static __device__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int add) {                      \
+      SENSILORA_WGMMA(TYPE, "128", SENSILORA_NAMES_64, "%64", "%65", "%66", SENSILORA_SUMS_32(0),           \
+                      SENSILORA_SUMS_32(32));                                                               \
+    }                                                                                                       \
+    static __device__ void multiply(float (&d)[96], uint64_t a, uint64_t b, int add) {                      \
+      SENSILORA_WGMMA(TYPE, "192", SENSILORA_NAMES_96, "%96", "%97", "%98", SENSILORA_SUMS_32(0),           \
+                      SENSILORA_SUMS_32(32), SENSILORA_SUMS_32(64));                                        \
+    }                                                                                                       \
+  }
+SENSILORA_PRODUCTS(Bfloat16Products, "bf16");
+SENSILORA_PRODUCTS(HalfProducts, "f16");
+#undef SENSILORA_PRODUCTS
+#undef SENSILORA_WGMMA
+#undef SENSILORA_NAMES_96
+#undef SENSILORA_NAMES_64
+#undef SENSILORA_SUMS_32
+#undef SENSILORA_SUMS_16
+#undef SENSILORA_SUMS_4
 
 // Keeps the compiler from using sums before the products are done.
 template <int kSize>

@@ -311,9 +311,4 @@ struct ProductsOnCpu {
 using Bfloat16Products = ProductsOnCpu<Bfloat16Bits>;
 using HalfProducts = ProductsOnCpu<HalfBits>;
 
-inline uint64_t operand_descriptor(uint32_t address, uint32_t tile_bytes) {
-  return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(tile_bytes >> 4) << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
-}
-
 }  // namespace sensilora
