@@ -9,9 +9,6 @@
 #ifndef SENSILORA_WITH_CUDA
 #define SENSILORA_WITH_CUDA 0
 #endif
-#ifndef SENSILORA_WITH_HOPPER
-#define SENSILORA_WITH_HOPPER 0
-#endif
 #ifndef SENSILORA_CUDA_ARCHITECTURES
 #define SENSILORA_CUDA_ARCHITECTURES
 #endif
@@ -23,6 +20,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("cuda") = static_cast<bool>(SENSILORA_WITH_CUDA);
   m.attr("cuda_architectures") = SENSILORA_TEXT_OF(SENSILORA_CUDA_ARCHITECTURES);
-  m.attr("hopper") = static_cast<bool>(SENSILORA_WITH_HOPPER);
   m.def("cpu_level", &sensilora::cpu_level_name, "The vector instructions the CPU ops use on this machine.");
 }

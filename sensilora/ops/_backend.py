@@ -171,8 +171,14 @@ def _why_not_native(op: str, device_type: str) -> str | None:
     return _why_not_these_gpus() if device_type == "cuda" else None
 
 
+def architectures_built() -> str:
+    """What the native extension's CUDA code was compiled for, as `runs_on` takes it; empty where it does not tell."""
+    built: str = getattr(importlib.import_module("sensilora._C"), "cuda_architectures", "")
+    return built
+
+
 def _why_not_these_gpus() -> str | None:
-    built = getattr(importlib.import_module("sensilora._C"), "cuda_architectures", "")
+    built = architectures_built()
     for device in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(device)
         if not runs_on(built, capability):
