@@ -986,6 +986,7 @@ def launch_lora_group_backward(
     fused = (
         need_grad_x
         and len(grads) <= PRODUCTS
+        and len({_row_major(weight) for weight in weights}) == 1  # one kernel reads them all
         and all(
             product_serves(grad, weight, stack_size(ranks), dense)
             for grad, weight in zip(grads, weights, strict=True)

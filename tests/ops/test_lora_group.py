@@ -518,6 +518,18 @@ def test_hoppers_product_matches_oracle(monkeypatch, on_backend, device, masks, 
     assert_close(got, group.oracle(ps, SEEDS[:count]), 4 * RELATIVE[torch.float16])
 
 
+def test_weights_of_several_layouts(monkeypatch, on_backend, device, poisoned_empty):
+    """One of the weights is stored as its transpose, as transformers' Conv1D has it."""
+    with on_backend(OP, torch.float16):
+        if _backend.forced_backend() == "triton":
+            kernels = pytest.importorskip("sensilora.kernels.lora_linear")
+            monkeypatch.setattr(kernels, "product_serves", lambda *args: True)
+        group = Group((130,), 72, [(40, 3), (24, 20)], torch.float16, device)
+        group.weights[1] = group.weights[1].T.contiguous().T
+        got = group.results()
+    assert_close(got, group.oracle(), 4 * RELATIVE[torch.float16])
+
+
 def test_direct_calls_give_the_bits_of_the_op(device):
     """Without a dispatch mode autograd.Function serves, with one the registered op does."""
 
