@@ -25,7 +25,7 @@ namespace sensilora {
 constexpr int kHopperThreads = 384;
 constexpr int kHopperCluster = 2;
 constexpr int kHopperTokens = 64;
-constexpr int kLongSteps = 8;
+constexpr int kLongSteps = 16;
 
 template <class Products, int kColumnTiles_, bool kLong_>
 struct HopperTile {

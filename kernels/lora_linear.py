@@ -506,9 +506,9 @@ CONFIGS: dict[str, dict[int, tuple[int, ...]]] = {
 # Bytes of shared memory a block may take for which they were chosen: an A100's; the H100 and H200 have more.
 TUNED_SHARED_MEMORY = 160 * 1024
 REDUCE_BLOCK = 256
-# BLOCK_T, BLOCK_C, BLOCK_K, GROUP, num_warps, num_stages of the product, tuned at 8192 rows, and in how many parts a
+# BLOCK_T, BLOCK_C, BLOCK_K, num_warps, num_stages of the product, tuned at 8192 rows, and in how many parts a
 # tile is stored, without and with dropout. With few rows cuBLAS splits the reduction, which this kernel does not.
-PRODUCT_CONFIG = (128, 256, 64, 8, 8, 3)
+PRODUCT_CONFIG = (128, 256, 64, 8, 3)
 PRODUCT_PARTS = (2, 4)
 PRODUCT_MIN_ROWS = 2048
 # The largest rank of an update that it takes as one more product, or else, as with a mask of its own.
@@ -528,6 +528,9 @@ FORK_MAX_ROWS = 128
 PRODUCT_REGISTERS = 208
 # Elements of the weights from which a product counts as long.
 LONG_PRODUCT = 2**25
+# Row tiles that share their columns in L2 (GROUP), for a reduction of up to LONG_REDUCTION and for a longer one.
+PRODUCT_GROUPS = (8, 8)
+LONG_REDUCTION = 8192
 
 
 def _config(kernel: str, stack: int, like: torch.Tensor) -> tuple[int, ...]:
@@ -717,6 +720,11 @@ def product_serves(left: torch.Tensor, matrix: torch.Tensor, rank: int, dense: b
     )
 
 
+def product_group(lefts) -> int:
+    """GROUP of a product of these lefts (rows, reduced)."""
+    return PRODUCT_GROUPS[max(left.shape[1] for left in lefts) > LONG_REDUCTION]
+
+
 def dense_update(updates, scale: float, like: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """scale * the stacked updates as `launch_lora_product` reads them beside `matrix` (reduced, columns)."""
     return dense_stack(updates, scale, like, transposed=not _row_major(matrix))
@@ -735,7 +743,7 @@ def launch_lora_product(
     dense = isinstance(updates, torch.Tensor)
     updates = (updates,) if dense else _stackable(updates)
     stack, ranks, strides_r, stride_c = _stack(updates)
-    block_t, block_c, block_k, group, warps, stages = PRODUCT_CONFIG
+    block_t, block_c, block_k, warps, stages = PRODUCT_CONFIG
     dropout = any(threshold > 0 for threshold in thresholds)
     parts, overlap = PRODUCT_PARTS[dropout], lefts[0].is_cuda
     stacks = len(updates) if dropout and seeds.numel() > 1 else 1
@@ -766,7 +774,7 @@ def launch_lora_product(
         UPDATE=update,
         ALIGNED=_aligned(updates), TRANSPOSED=transposed,
         OVERLAP=overlap, ADD=add_to is not None, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=block_r,
-        GROUP=group, PARTS=parts, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS,
+        GROUP=product_group(lefts), PARTS=parts, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS,
         **_overlapping(overlap),
     )  # fmt: skip
     return out

@@ -34,6 +34,7 @@ from sensilora.kernels.lora_linear import (
     _tile_order,
     launch_reduce,
     padded,
+    product_group,
     product_serves,
 )
 
@@ -398,7 +399,7 @@ def _product(left, matrix, bias, skinny, updates, segments, *, scaled):
     """left matrix + bias + scale * skinny updates for updates (stack, columns); the scaling, or 1 unless `scaled`."""
     rows, reduced = left.shape
     columns = matrix.shape[1]
-    block_t, block_c, block_k, group, warps, stages = PRODUCT_CONFIG
+    block_t, block_c, block_k, warps, stages = PRODUCT_CONFIG
     transposed = not _row_major(matrix)
     shape = [block_c, block_k] if transposed else [block_k, block_c]
     out = torch.empty(rows, columns, dtype=left.dtype, device=left.device)
@@ -412,8 +413,9 @@ def _product(left, matrix, bias, skinny, updates, segments, *, scaled):
         bias, skinny, updates, segments.offsets, segments.adapters, segments.ints, segments.scaling, rows, columns,
         reduced, segments.segments, segments.count, skinny.stride(0), updates.stride(0), updates.stride(1),
         SCALED=scaled, HAS_BIAS=bias is not None, TRANSPOSED=transposed, OVERLAP=overlap, BLOCK_T=block_t,
-        BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=segments.block_r, BLOCK_S=segments.block_s, GROUP=group, PARTS=2,
-        num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS, **_overlapping(overlap),
+        BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=segments.block_r, BLOCK_S=segments.block_s,
+        GROUP=product_group([left]), PARTS=2, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS,
+        **_overlapping(overlap),
     )  # fmt: skip
     return out
 

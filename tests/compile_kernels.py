@@ -60,7 +60,8 @@ def compiled(kernel, types: dict, constants: dict, **options) -> dict[str, int]:
 def product(
     members: int, rank_block: int, update: str, transposed: bool, dropout: bool = False, add: bool = False
 ) -> dict[str, int]:
-    block_t, block_c, block_k, group, warps, stages = lora_linear.PRODUCT_CONFIG
+    block_t, block_c, block_k, warps, stages = lora_linear.PRODUCT_CONFIG
+    group = lora_linear.PRODUCT_GROUPS[0]
     parts = lora_linear.PRODUCT_PARTS[dropout]
     left, products = f"tensordesc<bf16[{block_t}, {block_k}]>", range(lora_linear.PRODUCTS)
     shape = (block_c, block_k) if transposed else (block_k, block_c)
@@ -135,7 +136,8 @@ def reduce(size: str) -> dict[str, int]:
 
 
 def segments_product() -> dict[str, int]:
-    block_t, block_c, block_k, group, warps, stages = lora_linear.PRODUCT_CONFIG
+    block_t, block_c, block_k, warps, stages = lora_linear.PRODUCT_CONFIG
+    group = lora_linear.PRODUCT_GROUPS[0]
     types = {
         "left": f"tensordesc<bf16[{block_t}, {block_k}]>", "matrix": f"tensordesc<bf16[{block_c}, {block_k}]>",
         "out": f"tensordesc<bf16[{block_t}, {block_c // 2}]>", "bias": None, "skinny": "*bf16", "updates": "*bf16",
