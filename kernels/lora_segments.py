@@ -83,7 +83,7 @@ def _stretch(offsets, adapters, ints, segments, count, rows, slot, BLOCK_T: tl.c
 
 
 @triton.jit
-def _pack_kernel(
+def _segments_pack_kernel(
     matrices, outs, stack, columns, strides_r, strides_c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """Each out (stack, columns), contiguous, = its matrix in out's dtype."""
@@ -373,7 +373,7 @@ def _packed(stacks, like):
         rank, columns = stacks[0].shape[0], [stack.shape[1] for stack in copied]
         strides_r, strides_c = zip(*(stack.stride() for stack in copied), strict=True)
         block_r, block_c = PACK_BLOCKS
-        _pack_kernel[(_cdiv(max(columns), block_c), _cdiv(rank, block_r), len(copied))](
+        _segments_pack_kernel[(_cdiv(max(columns), block_c), _cdiv(rank, block_r), len(copied))](
             tuple(copied), tuple(outs), rank, tuple(columns), strides_r, strides_c, BLOCK_R=block_r, BLOCK_C=block_c
         )
     return packed
