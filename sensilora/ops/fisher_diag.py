@@ -76,6 +76,8 @@ def fisher_diag(
     shape = (grad_output.shape[-1], x.shape[-1])
     if out.shape != shape or out.dtype not in (torch.float32, torch.float64) or not out.is_contiguous():
         raise ValueError(f"out must be contiguous fp32 or fp64 of shape {shape}, not {out.dtype} {tuple(out.shape)}")
+    if out.device != x.device:
+        raise ValueError(f"out must be on x's device {x.device}, not {out.device}")
     _fisher_diag_(x.detach(), grad_output.detach(), lengths, mode, out)
     return out
 
@@ -98,9 +100,10 @@ def _per_loss_term(x: Tensor, grad_output: Tensor, lengths: Tensor | list[int] |
 def _pack(x: Tensor, grad_output: Tensor, lengths: Tensor | list[int] | None) -> tuple[Tensor, Tensor, Tensor]:
     """Bring every accepted form to packed rows and the lengths of their sequences (int64, CPU)."""
     if lengths is not None:
-        lengths = torch.as_tensor(lengths).to("cpu", torch.int64)
-        if lengths.dim() != 1 or (lengths < 0).any():
+        lengths = torch.as_tensor(lengths)
+        if lengths.dim() != 1 or (lengths.numel() and (lengths.is_floating_point() or (lengths < 0).any())):
             raise ValueError("lengths must be one non-negative integer a sequence")
+        lengths = lengths.to("cpu", torch.int64)
     common = torch.promote_types(x.dtype, grad_output.dtype)
     x, grad_output = x.to(common), grad_output.to(common)
     if x.dim() == 2:

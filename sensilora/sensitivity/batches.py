@@ -80,7 +80,8 @@ class Rows:
     def pack(self, x: Tensor) -> Tensor:
         """The counted rows of `x` (..., features) as (rows, features)."""
         flat = x.reshape(-1, x.shape[-1])
-        return flat if self.index is None else flat.index_select(0, self.index)
+        # A model may be spread over several devices.
+        return flat if self.index is None else flat.index_select(0, self.index.to(flat.device))
 
 
 class Batch:
@@ -146,7 +147,9 @@ class Batch:
         return any(stream.mask is not None for stream in self.streams)
 
     def _divide(self, lead: torch.Size, streams: list[Stream]) -> Rows | None:
-        belong = self.size == 1 or (len(lead) > 0 and lead[0] == self.size)
+        # All rows are a single sequence's, but with padding some may be no token's.
+        alone = self.size == 1 and (not self.padded or lead.numel() == 1)
+        belong = alone or (len(lead) > 0 and lead[0] == self.size)
         if not belong and not any(stream.covers(lead) for stream in streams):
             return None
         fitting = [stream for stream in streams if stream.covers(lead)] or streams

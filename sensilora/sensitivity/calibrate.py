@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
+import operator
 import os
 import platform
 import sys
@@ -118,12 +120,14 @@ def calibrate(
       `min_probes` probes and batch a forward and a backward pass, and a product with the Hessian (about two backward
       passes) for each probe and batch. The batches are kept on the model's device.
 
-    Padding (``attention_mask`` 0) never counts; nor do labels of -100 ("activation" reads no labels, so there a
-    prompt token whose label is ignored is still an input). A model under torch.compile or DistributedDataParallel is
-    measured as the model inside. The model runs in eval mode. Its training mode,
+    Padding (``attention_mask`` 0) never counts; nor do integer labels of -100 ("activation" reads no labels, so
+    there a prompt token whose label is ignored is still an input). A model under torch.compile or
+    DistributedDataParallel is measured as the model inside. The model runs in eval mode. Its training mode,
     requires_grad, gradients, forwards, hooks and the random number generators are afterwards as they were, also after
-    an exception. All weights may be frozen; gradient checkpointing may be on; modules may run more than once and
-    share weights (a shared weight is one matrix, its calls' gradients added before they are squared).
+    an exception. All weights may be frozen. Gradient checkpointing may be on; with "fisher" transformers' layers then
+    save memory as in training, if it is not reentrant and they drop nothing themselves. Modules may run more than
+    once and share weights (a shared weight is one matrix, its calls' gradients added before they are squared; with
+    "fisher" all that share it must be targets).
 
     Args:
         model: any module whose forward takes the batch's entries as keyword arguments.
@@ -202,6 +206,13 @@ def calibrate(
             `targets` is "all-linear" and the model has experts that are no linear modules, and so are left out; or
             experts saw too few tokens.
     """
+    block_size, draws = _whole("block_size", block_size), _whole("draws", draws)
+    probes, min_probes, seed = _whole("probes", probes), _whole("min_probes", min_probes), _whole("seed", seed)
+    head_warmup_steps = _whole("head_warmup_steps", head_warmup_steps)
+    min_expert_tokens = _whole("min_expert_tokens", min_expert_tokens)
+    checkpoint_every = _whole("checkpoint_every", checkpoint_every)
+    damping, tolerance = _number("damping", damping), _number("tolerance", tolerance)
+    k, alpha = _number("k", k), _number("alpha", alpha)
     # What the numbers depend on, besides the model and the data.
     arguments: dict[str, Any] = {
         "variant": variant,
@@ -223,10 +234,12 @@ def calibrate(
     }
     _check_arguments(estimator, mode, labels, draws, k, alpha, loss_fn, head_warmup_steps)
     _check_variant(estimator, variant, block_size, damping)
-    _check_probes(probes, min_probes, tolerance, hvp)
+    _check_probes(probes, min_probes, tolerance, hvp, seed)
     model = unwrapped(model)
     modules = find_targets(model, targets)
     matrices = group_tied(modules)
+    if estimator == "fisher":
+        _check_ties(model, modules)
     if min_expert_tokens < 1:
         raise CalibrationError(f"min_expert_tokens must be at least 1, not {min_expert_tokens}")
     holders = find_expert_stacks(model) if experts else {}
@@ -255,6 +268,8 @@ def calibrate(
     if budget is not None:
         announce(describe_passes(passes, budget), show=progress)
     folder = Path("diagonals") if keep_diagonals is True else Path(keep_diagonals) if keep_diagonals else None
+    if folder is not None and checkpoint is not None:
+        _check_folders(folder, Path(checkpoint))
     state, saved = None, None
     if checkpoint is not None:
         arguments |= {"estimator": estimator, "memory_budget": budget, "keep_diagonals": folder and folder.resolve()}
@@ -263,7 +278,7 @@ def calibrate(
         saved = state.read()
     writer = None
     if folder is not None:
-        writer = DiagonalWriter(folder, shard_bytes, None if saved is None else saved[0]["diagonals"])
+        writer = DiagonalWriter(folder, shard_bytes, None if saved is None else saved[0].get("diagonals"))
     warmed = warmed_head(
         model,
         batches,
@@ -278,7 +293,7 @@ def calibrate(
     with contextlib.ExitStack() as undo:
         if writer is not None and state is None:
             undo.callback(writer.discard)
-        with frozen(model), warmed, watched, watched_experts:
+        with frozen(model, checkpointing=estimator == "fisher"), warmed, watched, watched_experts:
             sweep = Sweep(
                 model,
                 observer,
@@ -291,8 +306,9 @@ def calibrate(
                 writer=writer,
                 head=head_parameters(model) if head_warmup_steps else {},
             )
-            if saved is not None:
-                sweep.restore(*saved)
+            if state is not None and saved is not None:
+                with state.reading():
+                    sweep.restore(*saved)
             sweep.run()
         measured = {matrix.name: sweep.measured[matrix.name] for matrix in _distinct(matrices) if matrix.calls}
         of_experts = with_siblings(stacks, measured, min_expert_tokens)
@@ -327,6 +343,19 @@ def calibrate(
     if state is not None:
         state.remove()
     return report
+
+
+def _whole(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise CalibrationError(f"{name} must be a whole number, not {value!r}") from error
+
+
+def _number(name: str, value: float) -> float:
+    if not isinstance(value, numbers.Real):
+        raise CalibrationError(f"{name} must be a number, not {value!r}")
+    return float(value)
 
 
 def _check_arguments(
@@ -378,13 +407,38 @@ def _check_variant(estimator: str, variant: str, block_size: int, damping: float
         raise CalibrationError(f"damping must be in (0, {MAX_DAMPING:g}], not {damping}")
 
 
-def _check_probes(probes: int, min_probes: int, tolerance: float, hvp: str) -> None:
+def _check_probes(probes: int, min_probes: int, tolerance: float, hvp: str, seed: int) -> None:
+    if not -(2**63) <= seed < 2**64:
+        raise CalibrationError(f"seed must be from -2**63 to 2**64 - 1, not {seed}")
     if not 2 <= min_probes <= probes:
         raise CalibrationError(f"min_probes={min_probes}: it must be at least 2 and at most probes={probes}")
     if not 0 <= tolerance < math.inf:
         raise CalibrationError(f"tolerance must be 0 or a positive number, not {tolerance}")
     if hvp not in HESSIAN_PRODUCTS:
         raise CalibrationError(f"hvp {hvp!r} is unknown; choose one of {', '.join(HESSIAN_PRODUCTS)}")
+
+
+def _check_ties(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """No target's weight is used by a module whose part of its gradient would be missing."""
+    owners = {id(module.weight): name for name, module in modules.items()}
+    watched = {id(module) for module in modules.values()}
+    for name, module in model.named_modules():
+        for parameter in () if id(module) in watched else module._parameters.values():
+            if id(parameter) in owners:
+                target = owners[id(parameter)]
+                raise CalibrationError(
+                    f"the weight of {target!r} is that of {name!r} ({type(module).__name__}) too, whose part of its "
+                    f"gradient 'fisher' does not see; leave {target!r} out of targets, or choose 'hutchinson'"
+                )
+
+
+def _check_folders(diagonals: Path, checkpoint: Path) -> None:
+    diagonals, checkpoint = diagonals.resolve(), checkpoint.resolve()
+    if diagonals in (checkpoint, *checkpoint.parents):
+        raise CalibrationError(
+            f"keep_diagonals ({diagonals}) must be a folder that does not hold the checkpoint's ({checkpoint}); name "
+            "two folders beside each other"
+        )
 
 
 def _check_parameters(model: nn.Module) -> None:

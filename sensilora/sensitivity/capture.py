@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,11 +70,36 @@ def group_tied(modules: Mapping[str, nn.Module]) -> dict[str, Matrix]:
     return by_name
 
 
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """transformers' layers whose gradient checkpointing is on, and that do nothing else in training mode.
+
+    Not those that ask for their mode themselves, as where they drop something.
+    """
+    found = []
+    for module in model.modules():
+        if "GradientCheckpointingLayer" not in (kind.__name__ for kind in type(module).__mro__):
+            continue
+        # A functools.partial of torch's checkpoint.
+        options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        if not module.gradient_checkpointing or options.get("use_reentrant", True):
+            continue
+        try:
+            source = inspect.getsource(type(module).forward)
+        except (OSError, TypeError):  # there is none to look into
+            continue
+        if "self.training" not in source:
+            found.append(module)
+    return found
+
+
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
     """The model in eval mode with no parameter requiring a gradient; afterwards all as it was, also the RNGs.
 
     Without a parameter to differentiate, a backward pass computes no weight gradient and touches no ``.grad``.
+
+    Args:
+        checkpointing: whether the model's gradient checkpointing, if on, stays at work where it can.
     """
     training = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -84,6 +110,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
             for module, _ in training:
                 # Not train(False): a subclass may have that merge weights.
                 module.training = False
+            for module in checkpointed_layers(model) if checkpointing else ():
+                module.training = True
             for parameter, _ in parameters:
                 parameter.requires_grad_(False)
             # The fused encoder layer of torch.nn reads weights without calling the modules that hold them.
@@ -132,7 +160,8 @@ def rows_of(batch: Batch, name: str, x: Tensor) -> Rows:
     if rows is None:
         raise CalibrationError(
             f"the rows of module {name!r}, whose input has shape {tuple(x.shape)}, cannot be attributed to the "
-            f"{batch.size} sequences of the batch; use batches of one sequence, or leave the module out of targets"
+            f"{batch.size} sequences of the batch; use batches of one sequence without padding, or leave the module "
+            "out of targets"
         )
     return rows
 

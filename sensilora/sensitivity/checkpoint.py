@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -53,17 +56,23 @@ class Checkpoint:
         """
         if not self.exists:
             return None
-        try:
+        with self.reading():
             content = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
-            identity, state, self._serial = content["identity"], content["state"], int(content["serial"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(error) from error
+            identity, state, self._serial = dict(content["identity"]), dict(content["state"]), int(content["serial"])
         self._check(identity)
-        try:
+        with self.reading():
             # Off the file's mapping, since the file is going to be removed.
             return state, {name: tensor.clone() for name, tensor in load_file(self._sums()).items()}
-        except (OSError, SafetensorError) as error:
-            raise self._damaged(error) from error
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """What fails in the block says that the state is damaged."""
+        try:
+            yield
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CalibrationError(
+                f"the checkpoint in {self.folder} is damaged ({error!r}); remove the folder to start again"
+            ) from error
 
     def write(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Replace the state.
@@ -87,11 +96,6 @@ class Checkpoint:
     def _sums(self) -> Path:
         return self.folder / _SUMS.replace("*", str(self._serial))
 
-    def _damaged(self, error: Exception) -> CalibrationError:
-        return CalibrationError(
-            f"the checkpoint in {self.folder} is damaged ({error}); remove the folder to start again"
-        )
-
     def _check(self, saved: Mapping[str, Any]) -> None:
         of = f"the checkpoint in {self.folder} is of a"
         advice = "give what it was started with, or remove the folder to start again"
@@ -108,23 +112,46 @@ class Checkpoint:
 
 
 def identity(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint must agree with to be gone on from: arguments, versions, and the model's weights."""
+    """What a checkpoint must agree with to be gone on from: arguments, versions, and the model's kind and weights."""
     plain = {name: _name_of(value) if callable(value) else value for name, value in arguments.items()}
     versions = {"sensilora": sensilora.__version__, "torch": str(torch.__version__)}
     device = next(model.parameters()).device.type
-    return {**plain, **versions, "device": device, "weights": weights_of(model)}
+    kind = {"model": _name_of(type(model)), "config": config_of(model)}
+    return {**plain, **versions, "device": device, **kind, "weights": weights_of(model)}
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The settings of a model that has transformers' configuration, but for where it was loaded from."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return {}
+    settings = {**config.to_dict(), "attn_implementation": getattr(config, "_attn_implementation", None)}
+    return {str(key): value for key, value in settings.items() if key != "_name_or_path"}
 
 
 def digest(batch: object) -> str:
-    """A hash of all that a batch holds: tensors by value, wherever they are, anything else as it prints."""
+    """A hash of all that a batch holds: tensors and arrays by value, wherever they are, the rest as it prints."""
     found = hashlib.sha256()
-    entries = sorted(batch.items(), key=lambda entry: str(entry[0])) if isinstance(batch, Mapping) else [("", batch)]
-    for key, value in entries:
-        if isinstance(value, Tensor):
+
+    def take(key: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for name, entry in sorted(value.items(), key=lambda item: str(item[0])):
+                take(f"{key}.{name}", entry)
+        elif isinstance(value, (list, tuple)):
+            found.update(f"{key}:{len(value)};".encode())
+            for place, entry in enumerate(value):
+                take(f"{key}.{place}", entry)
+        elif isinstance(value, Tensor):
             found.update(f"{key}:{value.dtype}:{tuple(value.shape)}:".encode())
             found.update(bytes_of(value))
+        elif isinstance(value, np.ndarray) and value.dtype != object:
+            found.update(f"{key}:{value.dtype}:{value.shape}:".encode())
+            found.update(value.tobytes())
         else:
-            found.update(f"{key}:{value!r};".encode())
+            # An object that does not say what it holds prints its address, which another run's does not have.
+            found.update(f"{key}:{re.sub(' at 0x[0-9a-f]+', '', repr(value))};".encode())
+
+    take("", batch)
     return found.hexdigest()[:32]
 
 

@@ -74,7 +74,8 @@ class DiagonalWriter:
     def close(self, report: SensitivityReport) -> None:
         """Write the rest, and the index with the matrices in the report's order."""
         self.flush()
-        names = [name for name in report if name in self.files]
+        # Not those of experts whose numbers are not their own.
+        names = [name for name in report if name in self.files and not report[name].from_siblings]
         index = {
             "metadata": {"total_size": sum(4 * report.diagonal_size(name) for name in names)},
             "weight_map": {name: self.files[name] for name in names},

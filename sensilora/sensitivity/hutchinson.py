@@ -102,7 +102,7 @@ class HutchinsonEstimator(Estimator):
                 return forward(*args, **kwargs)
             # Rows of padding keep their values, which do not depend on the weight here, whatever they hold: in a
             # gradient, NaN times 0 would be NaN.
-            mask = mask.view(*x.shape[:-1], 1)
+            mask = mask.to(x.device).view(*x.shape[:-1], 1)
             with torch.no_grad():
                 padding = forward(*args, **kwargs)
             x = x.masked_fill(~mask, 0.0)

@@ -164,6 +164,11 @@ def _of_sequences(logits: Tensor, batch: Batch, problem: str | None) -> Likeliho
         return Likelihood(family, logits, None, sequences)
     if labels.is_floating_point() and labels.numel() == logits.numel() and labels.shape[:1] == (sequences,):
         values = labels.reshape(logits.shape).to(logits.dtype)
+        if not regression and not bool(((values >= 0) & (values <= 1)).all()):
+            raise CalibrationError(
+                "the labels of a batch for several labels at once are probabilities, from 0 to 1, and some are not; "
+                f"{IGNORED} has no meaning there"
+            )
         return Likelihood("gaussian" if regression else "bernoulli", logits, values, sequences)
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     if whole and not regression and labels.numel() == sequences and labels.shape[:1] == (sequences,):

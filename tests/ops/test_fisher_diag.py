@@ -280,6 +280,8 @@ def test_opcheck(device, mode, requires_grad):
         ((torch.ones(2, 3), torch.ones(2, 4)), {"lengths": [3, -1]}, "non-negative"),
         ((torch.ones(1, 2, 3), torch.ones(1, 2, 4)), {"lengths": [3]}, "at most 2"),
         ((torch.ones(1, 2, 3), torch.ones(1, 2, 4)), {"out": torch.ones(3, 4)}, "out must be contiguous"),
+        ((torch.ones(2, 3), torch.ones(2, 4)), {"out": torch.ones(4, 3, device="meta")}, "out must be on x's device"),
+        ((torch.ones(3, 3), torch.ones(3, 4)), {"lengths": [2.9, 1.9]}, "one non-negative integer a sequence"),
     ],
 )
 def test_bad_input(arguments, kwargs, message):

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -313,6 +314,39 @@ def test_labels_that_do_not_fit_the_logits(options, labels):
         calibrate(Net(**options), [{**batch_of(), "labels": labels}], estimator="fisher", progress=False)
 
 
+@pytest.mark.parametrize("estimator", ["activation", "fisher", "hutchinson"])
+def test_numpys_numbers_are_numbers(estimator):
+    numbers = {"probes": 2, "min_probes": 2, "seed": 3, "block_size": 4}
+    fractions = {"k": 0.5, "alpha": 0.75, "tolerance": 0.5, "damping": 0.25}
+    arguments = {"estimator": estimator, "progress": False}
+    model = Net()
+    expected = calibrate(model, [batch_of()], **numbers, **fractions, **arguments)
+    given = {name: np.int64(value) for name, value in numbers.items()}
+    given |= {name: np.float32(value) for name, value in fractions.items()}
+    assert calibrate(model, [batch_of()], **given, **arguments) == expected
+
+
+@pytest.mark.parametrize("value", [-100.0, 1.5, float("nan")])
+def test_labels_of_several_kinds_at_once_are_probabilities(value):
+    labels = torch.ones(6, 3)
+    labels[2, 1] = value
+    with pytest.raises(CalibrationError, match="are probabilities, from 0 to 1"):
+        calibrate(Net(), [{**batch_of(), "labels": labels}], estimator="fisher", progress=False)
+
+
+def test_fisher_of_a_weight_that_is_an_embedding_too():
+    class Tied(Net):
+        def __init__(self):
+            super().__init__(classes=20, token_logits=True)
+            self.classifier.weight = self.embed.weight
+
+    batch = batch_of() | {"labels": torch.zeros_like(batch_of()["input_ids"])}
+    with pytest.raises(CalibrationError, match=r"weight of 'classifier' is that of 'embed' \(Embedding\) too"):
+        calibrate(Tied(), [batch], estimator="fisher", targets=["classifier", "up"], progress=False)
+    for arguments in ({"targets": ["up"]}, {"targets": ["classifier"], "estimator": "activation"}):
+        calibrate(Tied(), [batch], **{"estimator": "fisher", "progress": False, **arguments})
+
+
 def test_a_model_without_logits_needs_a_loss():
     class Tuple(Net):
         def forward(self, input_ids, attention_mask=None):
@@ -346,6 +380,13 @@ def test_a_model_without_logits_needs_a_loss():
         ({"labels": "model", "loss_fn": print}, "cannot be combined with loss_fn"),
         ({"head_warmup_steps": -1}, "head_warmup_steps=-1"),
         ({"estimator": "activation", "head_warmup_steps": 2}, "head_warmup_steps=2"),
+        ({"k": "0.5"}, "k must be a number, not '0.5'"),
+        ({"tolerance": None}, "tolerance must be a number, not None"),
+        ({"probes": 8.0}, r"probes must be a whole number, not 8\.0"),
+        ({"block_size": "4"}, "block_size must be a whole number"),
+        ({"draws": 1.5}, "draws must be a whole number"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"seed": 2**64}, r"seed must be from -2\*\*63"),
     ],
 )
 def test_invalid_arguments(arguments, message):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -491,7 +492,10 @@ def fail_at_the_end(checkpoint):
     fail()
 
 
-@pytest.mark.parametrize("damage", ["json", "half", "sums gone", "sums short", "another file"])
+@pytest.mark.parametrize(
+    "damage",
+    ["json", "half", "sums gone", "sums short", "another file", "state", "identity", "digests", "matrices", "dtype"],
+)
 def test_a_damaged_state(stopped, damage):
     folder = stopped["checkpoint"]
     state, (sums,) = folder / STATE_FILE, folder.glob("sums-*")
@@ -503,6 +507,15 @@ def test_a_damaged_state(stopped, damage):
         state.write_text("[1]")
     elif damage == "sums gone":
         sums.unlink()
+    elif damage in ("state", "identity", "digests", "matrices", "dtype"):
+        whole = json.loads(state.read_text())
+        if damage in ("state", "identity"):
+            whole[damage] = [1]
+        elif damage == "dtype":
+            next(iter(whole["state"]["matrices"].values()))["dtype"] = "float12"
+        else:
+            del whole["state"][damage]
+        state.write_text(json.dumps(whole))
     else:
         sums.write_bytes(sums.read_bytes()[:-5])
     with pytest.raises(CalibrationError, match=r"the checkpoint in .*state is damaged \(.*\); remove the folder"):
@@ -524,6 +537,16 @@ def test_bad_arguments(tmp_path):
         calibrate(model_of(), data(), checkpoint=tmp_path / "file", progress=False)
 
 
+@pytest.mark.parametrize("inside", ["", "state"])
+def test_diagonals_around_the_checkpoint_are_refused_at_once(tmp_path, inside):
+    folders = {"checkpoint": tmp_path / "kept" / inside, "keep_diagonals": tmp_path / "kept"}
+    model = model_of()
+    with pytest.raises(CalibrationError, match="name two folders beside each other"):
+        calibrate(model, data(), **folders, progress=False)
+    assert model.calls == 0
+    assert not (tmp_path / "kept").exists()
+
+
 def test_an_error_in_the_data_can_be_mended(tmp_path):
     """The batches before it are not run again."""
     arguments = {"checkpoint": tmp_path / "state", "checkpoint_every": 1, "progress": False}
@@ -536,6 +559,38 @@ def test_an_error_in_the_data_can_be_mended(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- what is compared
+
+
+def test_a_model_of_another_kind(stopped):
+    class Other(Counting):
+        pass
+
+    torch.manual_seed(0)
+    with pytest.raises(CalibrationError, match=r"with model='.*Counting', not '.*Other'"):
+        calibrate(Other(), data(), **stopped)
+
+
+def test_a_model_of_another_configuration(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    one, other = (
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=8, rms_norm_eps=eps))
+        for eps in (1e-6, 1e-3)
+    )
+    other.load_state_dict(one.state_dict())
+    Checkpoint(tmp_path, 1, identity(one, {})).write({}, {})
+    with pytest.raises(CalibrationError, match=r"model with other config \(rms_norm_eps, for example\)"):
+        Checkpoint(tmp_path, 1, identity(other, {})).read()
+    one.config._name_or_path = "moved"
+    Checkpoint(tmp_path, 1, identity(one, {})).read()
+
+
+def test_a_digest_is_of_arrays_and_of_no_address():
+    one, other = np.zeros(5000), np.zeros(5000)
+    other[2500] = 1
+    assert digest({"x": one}) != digest({"x": other})
+    assert digest({"x": [{"y": one}]}) == digest({"x": [{"y": one.copy()}]}) != digest({"x": [{"y": other}]})
+    assert digest({"x": object()}) == digest({"x": object()})
 
 
 def test_a_digest_is_of_values():

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sensilora.errors import CalibrationError, NonFiniteError, TargetError
-from sensilora.sensitivity import calibrate
+from sensilora.sensitivity import Diagonals, calibrate
 from sensilora.sensitivity.batches import Rows
 from sensilora.sensitivity.experts import find_expert_stacks, route
 from sensilora.sensitivity.report import SensitivityReport
@@ -430,7 +430,7 @@ def few_tokens(**options):
 
 @pytest.mark.parametrize("idle", [False, True])
 @pytest.mark.parametrize("estimator", ["activation", "fisher"])
-def test_an_expert_that_sees_too_little_takes_its_siblings_mean(estimator, idle):
+def test_an_expert_that_sees_too_little_takes_its_siblings_mean(tmp_path, estimator, idle):
     model, batch = few_tokens(idle=idle)
     arguments = {"estimator": estimator, "experts": True, "progress": False}
     with pytest.warns(UserWarning, match=r"2 of 8 expert matrices .*min_expert_tokens=1 .*\.0 saw 0\).*siblings"):
@@ -440,8 +440,9 @@ def test_an_expert_that_sees_too_little_takes_its_siblings_mean(estimator, idle)
     assert tokens[0] == 0
     assert 0 < tokens[3] < min(tokens[1:3]), "the test needs a seldom chosen expert"
     with pytest.warns(UserWarning, match="4 of 8 expert matrices saw fewer than min_expert_tokens") as caught:
-        report = calibrate(model, [batch], min_expert_tokens=tokens[3] + 1, **arguments)
+        report = calibrate(model, [batch], min_expert_tokens=tokens[3] + 1, keep_diagonals=tmp_path, **arguments)
     assert len(caught) == 1
+    assert set(Diagonals(tmp_path)) == {name for name in report if not report[name].from_siblings}
     for part in ("gate_up_proj", "down_proj"):
         siblings = [own[name(part, expert)] for expert in (1, 2)]
         for expert in (0, 3):

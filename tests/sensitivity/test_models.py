@@ -115,9 +115,24 @@ def test_a_model_with_gradient_checkpointing_enabled(use_reentrant):
     batch = {"input_ids": torch.cat(ids), "labels": torch.cat(ids)}
     expected = calibrate(model, [batch], estimator="fisher", progress=False)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    runs = []
+    for layer in model.model.layers:
+        # Called again where the backward pass computes the layer anew.
+        layer.input_layernorm.register_forward_pre_hook(lambda *args: runs.append(args))
     report = calibrate(model.train(), [batch], estimator="fisher", progress=False)
     assert report.matrices == expected.matrices
+    assert len(runs) == (2 if use_reentrant else 4)
+    assert all(module.training for module in model.modules())
     assert model.is_gradient_checkpointing
+
+
+def test_layers_that_drop_something_are_not_checkpointed():
+    """Bart's ask for their own mode, and would drop in training mode."""
+    model, ids = bart(), torch.cat(sequences(6, 6))
+    batch = {"input_ids": ids, "labels": ids}
+    expected = calibrate(model, [batch], estimator="fisher", progress=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert calibrate(model.train(), [batch], estimator="fisher", progress=False).matrices == expected.matrices
 
 
 @pytest.mark.parametrize("make", [t5, bart])
