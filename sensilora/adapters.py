@@ -12,7 +12,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -64,6 +65,7 @@ def inject(
     modules_to_save: Iterable[str] = (),
     strict: bool = True,
     groups: bool = True,
+    shared_dropout_mask: bool = False,
 ) -> Model:
     """Replace every matrix the plan gives a rank by a `VarRankLoRALinear` of that rank, in place.
 
@@ -80,6 +82,8 @@ def inject(
         groups: compute projections that read one input together (query, key, value; gate, up; told by their usual
             names), whatever their ranks, by `sensilora.ops.lora_group`. Modules, parameters and files are the same
             either way; layers that turn out to read different inputs go on alone.
+        shared_dropout_mask: with `groups`, one dropout mask for the projections that are computed together, instead
+            of one for each (PEFT's way), which costs less.
 
     Returns:
         `model` itself.
@@ -116,7 +120,7 @@ def inject(
         for name, rank in plan.ranks.items()
         if rank > 0
     }
-    return _install(model, layers, saved, groups)
+    return _install(model, layers, saved, groups, shared_dropout_mask)
 
 
 def check_plan(plan: RankPlan, model: nn.Module, modules: dict[str, nn.Module], *, strict: bool) -> None:
@@ -164,7 +168,13 @@ def _is_suffix(suffix: str, name: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
-def _install(model: Model, layers: dict[str, VarRankLoRALinear], saved: list[str], groups: bool) -> Model:
+def _install(
+    model: Model,
+    layers: dict[str, VarRankLoRALinear],
+    saved: list[str],
+    groups: bool,
+    shared_dropout_mask: bool,
+) -> Model:
     model.requires_grad_(False)
     replace_modules(model, {id(layer.base_layer): layer for layer in layers.values()})
     for layer in layers.values():
@@ -173,13 +183,13 @@ def _install(model: Model, layers: dict[str, VarRankLoRALinear], saved: list[str
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
     if groups:
-        share_inputs(model, VarRankLoRALinear, SharedInput)
+        share_inputs(model, VarRankLoRALinear, partial(SharedInput, shared_dropout_mask=shared_dropout_mask))
     # Remembered on the model because requires_grad may be changed before it is saved.
     model.__dict__["_sensilora_modules_to_save"] = tuple(saved)
     return model
 
 
-def share_inputs(model: nn.Module, layer_class: type[nn.Module], owner_class: type[SharedInput]) -> None:
+def share_inputs(model: nn.Module, layer_class: type[nn.Module], owner_class: Callable[..., SharedInput]) -> None:
     """Let the layers of this class that read one input in models of the usual families compute together."""
     for parent in list(model.modules()):
         for kind, families in TIE_PRESETS.items():
@@ -210,6 +220,14 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> Non
         for name, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    # Or it may run as one fused operation, which reads weights and calls none of its modules.
+                    parent.activation_relu_or_gelu = 0
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            fused = all(getattr(layer, "activation_relu_or_gelu", 0) != 0 for layer in module.layers)
+            # The nested tensors are for that operation.
+            module.use_nested_tensor = module.use_nested_tensor and fused
 
 
 def merge(model: Model) -> Model:
@@ -365,7 +383,12 @@ def _model_card(model: nn.Module, layers: Layers) -> str:
 
 
 def load_adapter(
-    model: Model, folder: str | os.PathLike[str], *, dropout: float | None = None, groups: bool = True
+    model: Model,
+    folder: str | os.PathLike[str],
+    *,
+    dropout: float | None = None,
+    groups: bool = True,
+    shared_dropout_mask: bool = False,
 ) -> Model:
     """Put a saved LoRA adapter (this package's or PEFT's own) into a plain model, in place.
 
@@ -375,7 +398,7 @@ def load_adapter(
         model: the base model, without adapters.
         folder: holds adapter_config.json and adapter_model.safetensors.
         dropout: dropout of the adapters when trained further; None takes the file's ``lora_dropout``.
-        groups: see `inject`.
+        groups, shared_dropout_mask: see `inject`.
 
     Returns:
         `model`, its adapters and the file's modules_to_save requiring gradients, all else frozen.
@@ -414,7 +437,7 @@ def load_adapter(
     with torch.no_grad():
         for name, tensor in plain.items():
             parameters[name].copy_(tensor)
-    return _install(model, layers, saved, groups)
+    return _install(model, layers, saved, groups, shared_dropout_mask)
 
 
 def read_adapter(

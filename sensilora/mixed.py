@@ -111,7 +111,7 @@ def _add(
     if adapter in routing.names:
         raise AdapterError(f"there is an adapter {adapter!r} already; delete it first, or choose another name")
     for name, given in settings.items():
-        check_settings(given["rank"], modules[name], given["init"], given["dropout"])
+        check_settings(given["rank"], modules[name], given["init"], given["dropout"], given["adapter_dtype"])
     heads = [] if present else untrained_heads(model)
     if heads:
         warnings.warn(
@@ -197,18 +197,21 @@ def set_adapter_ids(
 def adapter_ids(
     model: nn.Module, ids: str | Sequence[str] | Tensor | None, *, offsets: Tensor | None = None
 ) -> Iterator[None]:
-    """`set_adapter_ids` inside the ``with`` block; what was set before holds again after it.
+    """`set_adapter_ids` inside the ``with`` block; what was set before holds again after it, unless an adapter was
+    deleted in it: then nothing is set.
 
     The backward pass may come after the block, except under gradient checkpointing, which runs parts of the forward
     pass again and must find the same ids.
     """
     layer = _first_layer(model)
-    before = layer.routing.assignment()
+    before, names = layer.routing.assignment(), tuple(layer.routing.names)
     layer.routing.assign(ids, offsets, layer.weight.device)
     try:
         yield
     finally:
-        layer.routing.assign(*before, layer.weight.device)
+        # Where an adapter was deleted meanwhile, the places of others are not what they were.
+        kept = tuple(layer.routing.names)[: len(names)] == names
+        layer.routing.assign(*(before if kept else (None, None)), layer.weight.device)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -52,7 +52,7 @@ class VarRankLoRALinear(nn.Module):
     Raises:
         AdapterError: `base_layer` is neither of the two.
         RankError: the rank is out of range.
-        ValueError: `init` is unknown, or `dropout` outside [0, 1].
+        ValueError: `init` is unknown, `dropout` outside [0, 1], or `adapter_dtype` not of floating point.
     """
 
     lora_A: nn.Parameter
@@ -71,7 +71,7 @@ class VarRankLoRALinear(nn.Module):
         super().__init__()
         _check_base(base_layer)
         self.out_features, self.in_features = matrix_shape(base_layer)
-        self.rank = rank = check_settings(rank, base_layer, init, dropout)
+        self.rank = rank = check_settings(rank, base_layer, init, dropout, adapter_dtype)
         self.scaling = float(scaling)
         self.dropout = float(dropout)
         self.init = init
@@ -89,12 +89,12 @@ class VarRankLoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight as it is stored: (out, in) for ``nn.Linear``, (in, out) for ``Conv1D``."""
-        return self.base_layer.get_parameter("weight")
+        return _weight_of(self.base_layer)
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias (out_features,), or None."""
-        return self.base_layer._parameters.get("bias")
+        return getattr(self.base_layer, "bias", None)
 
     def reset_parameters(self) -> None:
         """Draw lora_A anew and set lora_B to zero, so that the layer computes what the base layer does."""
@@ -106,14 +106,20 @@ class VarRankLoRALinear(nn.Module):
         """Whether forward adds an update to the base layer: not if it is merged, or the rank is 0."""
         return not self.merged and self.rank > 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        y = shared_output(self, x)
+    def forward(self, x: Tensor, *, seed: Tensor | None = None) -> Tensor:
+        """(..., in_features) to (..., out_features).
+
+        Args:
+            x: the input.
+            seed: the dropout mask's key, an int64 tensor of one element on x's device; None draws one.
+        """
+        y = None if seed is not None else shared_output(self, x)
         if y is not None:
             return y
         if not self.adapts:
             return self.base_layer(x)
-        return _adapted(self, x, self.lora_A, self.lora_B, self.scaling, self.dropout if self.training else 0.0)
+        p = self.dropout if self.training else 0.0
+        return _adapted(self, x, self.lora_A, self.lora_B, self.scaling, p, seed)
 
     def delta_weight(self) -> Tensor:
         """s B A, (out_features, in_features), in fp32 (fp64 for fp64 adapters)."""
@@ -185,8 +191,19 @@ def _check_base(base_layer: nn.Module) -> None:
         )
 
 
-def check_settings(rank: int, base_layer: nn.Module, init: str, dropout: float) -> int:
+def _weight_of(base_layer: nn.Module) -> Tensor:
+    # As an attribute: in replicas of nn.DataParallel, under functional_call and where a parametrisation computes it,
+    # it is no parameter.
+    weight: Tensor = getattr(base_layer, "weight")  # noqa: B009
+    return weight
+
+
+def check_settings(
+    rank: int, base_layer: nn.Module, init: str, dropout: float, adapter_dtype: torch.dtype | None = None
+) -> int:
     """The rank as an int. Raises what `VarRankLoRALinear` raises for arguments no adapter of this layer can have."""
+    if adapter_dtype is not None and not adapter_dtype.is_floating_point:
+        raise ValueError(f"adapter_dtype must be of floating point, not {adapter_dtype}")
     if init not in INITS:
         raise ValueError(f"init {init!r} is unknown; choose one of {', '.join(INITS)}")
     if not 0.0 <= dropout <= 1.0:
@@ -206,7 +223,7 @@ def _checked_rank(rank: int, base_layer: nn.Module) -> int:
 
 
 def _adapter_dtype(base_layer: nn.Module) -> torch.dtype:
-    dtype = base_layer.get_parameter("weight").dtype
+    dtype = _weight_of(base_layer).dtype
     return torch.float32 if dtype.itemsize == 2 or is_quantised(base_layer) else dtype
 
 
@@ -217,14 +234,29 @@ def _adapted(
     lora_B: Tensor,
     scaling: float,
     dropout_p: float,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """base(x) + s (drop(x) Aᵀ) Bᵀ."""
-    if is_quantised(layer.base_layer):
+    if _must_be_called(layer.base_layer):
         check_base_gradient(layer.base_layer, x)
         y = layer.base_layer(x)
-        return lora_update(y, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
+        return lora_update(y, x, lora_A, lora_B, scaling, dropout_p=dropout_p, seed=seed)
     weight = layer.weight.t() if is_conv1d(layer.base_layer) else layer.weight
-    return lora_linear(x, weight, layer.bias, lora_A, lora_B, scaling, dropout_p=dropout_p)
+    return lora_linear(x, weight, layer.bias, lora_A, lora_B, scaling, dropout_p=dropout_p, seed=seed)
+
+
+def _must_be_called(base_layer: nn.Module) -> bool:
+    """Whether the layer is more than the product with its weight: quantised, of another forward, or with hooks."""
+    owner = next(kind for kind in type(base_layer).__mro__ if "forward" in kind.__dict__)
+    return bool(
+        is_quantised(base_layer)
+        or (owner is not nn.Linear and owner.__name__ != "Conv1D")
+        or "forward" in base_layer.__dict__
+        or base_layer._forward_hooks
+        or base_layer._forward_pre_hooks
+        or base_layer._backward_hooks
+        or base_layer._backward_pre_hooks
+    )
 
 
 def check_base_gradient(base_layer: nn.Module, x: Tensor) -> None:
@@ -307,7 +339,7 @@ def _joint(layers: Sequence[VarRankLoRALinear], x: Tensor, *, shared_dropout_mas
             or layer._backward_hooks
             or layer._backward_pre_hooks
             or not layer.adapts
-            or is_quantised(layer.base_layer)
+            or _must_be_called(layer.base_layer)
             or layer.in_features != layers[0].in_features
             or layer.weight.dtype != weight.dtype
             or layer.weight.device != x.device
@@ -336,8 +368,8 @@ class VarRankLoRAGroup(nn.Module):
 
     Args:
         layers: one or more `VarRankLoRALinear`. Kept as ``layers``.
-        shared_dropout_mask: draw one dropout mask for all layers instead of one for each (PEFT's way). Layers must
-            then have one dropout probability to be computed together.
+        shared_dropout_mask: draw one dropout mask for all layers instead of one for each (PEFT's way): where they
+            have one probability, all drop the same elements.
 
     Raises:
         AdapterError: there is no layer, or one is of another kind.
@@ -353,12 +385,19 @@ class VarRankLoRAGroup(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., in_features) to (..., out_features_i) for every layer i."""
         layers: list[Any] = list(self.layers)
-        adapted = [i for i, layer in enumerate(layers) if layer.adapts and not layer._forward_hooks]
+        # `sensilora.unload` may have put base layers in their places.
+        adapted = [
+            i for i, layer in enumerate(layers) if getattr(layer, "adapts", False) and not layer._forward_hooks
+        ]
         together = None
         if len(adapted) > 1:
             together = _joint([layers[i] for i in adapted], x, shared_dropout_mask=self.shared_dropout_mask)
         if together is None:
-            return tuple(layer(x) for layer in layers)
+            dropping = [layer for layer in layers if getattr(layer, "adapts", False) and layer.dropout > 0.0]
+            one = draw_seeds(1, x.device) if self.shared_dropout_mask and self.training and dropping else None
+            return tuple(
+                layer(x, seed=one) if one is not None and layer in dropping else layer(x) for layer in layers
+            )
         return tuple(together[adapted.index(i)] if i in adapted else layer(x) for i, layer in enumerate(layers))
 
     def extra_repr(self) -> str:
@@ -372,20 +411,26 @@ class SharedInput:
     The module tree is left as it is. Two hooks mark the tensor that the parent module is called with for as long as
     its forward runs. The first layer called with the marked tensor computes all of them; the others find their
     outputs at the mark, each once. Nothing outlives the parent's call. Where outputs are left over, the layers read
-    different inputs: those that took theirs, or the rest if they are more, stay together, for good.
+    different inputs: those that took theirs, or the rest if they are more, stay together, for good. An input that
+    changes in place between two layers is another input, but not under torch.compile, which does not show that; in
+    inference mode, where no tensor tells, each layer computes for itself.
 
     Args:
         parent: the module whose forward calls the layers.
         layers: two or three with the same in_features. `compute` of a subclass may take others than
             `VarRankLoRALinear`, which then have ``adapts`` and ask `shared_output` first too.
         has_query: whether the first is an attention's query, which reads another input in cross-attention.
+        shared_dropout_mask: one mask for those that are computed together, see `VarRankLoRAGroup`.
 
     Attributes:
         together: positions of the layers that are computed together; fewer than two mean that none are.
     """
 
-    def __init__(self, parent: nn.Module, layers: Sequence[Any], *, has_query: bool) -> None:
+    def __init__(
+        self, parent: nn.Module, layers: Sequence[Any], *, has_query: bool, shared_dropout_mask: bool = False
+    ) -> None:
         self.layers = tuple(layers)
+        self.shared_dropout_mask = shared_dropout_mask
         self.has_query = has_query
         self.together = tuple(range(len(layers)))
         self._hooks = (
@@ -400,7 +445,7 @@ class SharedInput:
 
     def compute(self, layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
         """The output of each of these layers for `x`, together; None where each must compute its own."""
-        return _joint(layers, x, shared_dropout_mask=False)
+        return _joint(layers, x, shared_dropout_mask=self.shared_dropout_mask)
 
     def _open(
         self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -412,6 +457,9 @@ class SharedInput:
         if not inputs or len(together) < 2:
             return None
         x = inputs[0]
+        # It has no version, by which a change in place between two layers would show.
+        if not torch.compiler.is_compiling() and x.is_inference():
+            return None
         # Another thread may be at the same tensor.
         if any(call.owner is self for call in _calls_at(x)):
             return None
@@ -518,8 +566,7 @@ def _thread() -> int:
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What must be as it was for a layer's output on `x` to be as it was, while the parent runs."""
-    # Inference tensors have no version, and torch.compile turns changes in place into new tensors.
-    version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+    version = None if torch.compiler.is_compiling() else x._version
     return torch.is_grad_enabled(), autocast_dtype(x.device), version
 
 
@@ -630,6 +677,8 @@ class AdapterRouting:
         Raises:
             ValueError: the batch has another length than the ids.
         """
+        if x.dim() < 2:
+            raise ValueError(f"adapter ids are for a batch (batch, ..., features), not {tuple(x.shape)}")
         ids = self._for_kernels("ids", x.device)
         if "offsets" in self._assigned:
             return self._for_kernels("offsets", x.device), ids
@@ -758,12 +807,12 @@ class MultiLoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight as it is stored: (out, in) for ``nn.Linear``, (in, out) for ``Conv1D``."""
-        return self.base_layer.get_parameter("weight")
+        return _weight_of(self.base_layer)
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias (out_features,), or None."""
-        return self.base_layer._parameters.get("bias")
+        return getattr(self.base_layer, "bias", None)
 
     @property
     def adapters(self) -> dict[str, LoRAAdapter]:
@@ -797,7 +846,8 @@ class MultiLoRALinear(nn.Module):
             RankError: the rank is out of range.
             ValueError: `init` is unknown, or `dropout` outside [0, 1].
         """
-        rank = check_settings(rank, self.base_layer, init, dropout)
+        rank = check_settings(rank, self.base_layer, init, dropout, adapter_dtype)
+        scaling = float(scaling)
         if name in self.lora_A:
             raise AdapterError(f"there is an adapter {name!r} already; delete it first, or choose another name")
         self.routing.add(name)
@@ -805,7 +855,7 @@ class MultiLoRALinear(nn.Module):
         self.lora_A[name] = nn.Parameter(torch.zeros(rank, self.in_features, dtype=dtype, device=device))
         self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=device))
         _draw(self.lora_A[name], init)
-        self.scaling[name], self.dropout[name], self.init[name] = float(scaling), float(dropout), init
+        self.scaling[name], self.dropout[name], self.init[name] = scaling, float(dropout), init
 
     def delete_adapter(self, name: str) -> None:
         """Take an adapter out of this layer, which serves the base alone for its rows from then on.
@@ -839,6 +889,11 @@ class MultiLoRALinear(nn.Module):
             raise AdapterError(
                 "over a quantised layer a batch takes one adapter, by its name: "
                 "sensilora.mixed.set_adapter_ids(model, 'name'); for one a sample load the model unquantised"
+            )
+        if _must_be_called(self.base_layer):
+            raise AdapterError(
+                f"over a base layer with hooks or a forward of its own ({type(self.base_layer).__name__}) a batch "
+                "takes one adapter, by its name: sensilora.mixed.set_adapter_ids(model, 'name')"
             )
         offsets, ids = self.routing.segments(x)
         weight = self.weight.t() if is_conv1d(self.base_layer) else self.weight

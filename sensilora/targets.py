@@ -11,9 +11,11 @@ import hashlib
 import operator
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sensilora.errors import RankError, TargetError
@@ -61,7 +63,7 @@ def is_packed_for_inference(module: nn.Module) -> bool:
 def is_packed_otherwise(module: nn.Module) -> bool:
     """Whether the weight of a linear layer is packed in a way that is not known here: by another library's storage,
     or by its tensors, which may well claim a dense dtype and the matrix's shape."""
-    weight = module.get_parameter("weight")
+    weight: Any = module.weight
     foreign = is_traceable_wrapper_subclass(weight) and not type(weight).__module__.startswith("torch.")
     return not is_quantised(module) and (foreign or weight.dtype not in _DENSE or weight.dim() != 2)
 
@@ -70,7 +72,8 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of an ``nn.Linear`` or ``Conv1D``."""
     if isinstance(module, nn.Linear) and is_quantised(module):
         return module.out_features, module.in_features
-    rows, columns = module.get_parameter("weight").shape
+    weight: Any = module.weight
+    rows, columns = weight.shape
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
@@ -131,7 +134,12 @@ def find_targets(model: nn.Module, targets: Targets = "all-linear") -> dict[str,
         TargetError: nothing matches, an entry of an iterable matches nothing, or a weight is packed by a library
             other than bitsandbytes and torchao.
     """
-    matrices = {name: module for name, module in model.named_modules() if is_matrix(module)}
+    # Of an nn.MultiheadAttention's output projection only the weight is read; an adapter would never run.
+    matrices = {
+        name: module
+        for name, module in model.named_modules()
+        if is_matrix(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    }
     if not matrices:
         raise TargetError(f"{type(model).__name__} holds no nn.Linear or Conv1D module; there is nothing to adapt")
     if targets == "all-linear":
@@ -154,7 +162,7 @@ def find_targets(model: nn.Module, targets: Targets = "all-linear") -> dict[str,
         found = {name: module for name, module in matrices.items() if name in selected}
     for name, module in found.items():
         if is_packed_otherwise(module):
-            weight = module.get_parameter("weight")
+            weight: Any = module.weight
             raise TargetError(
                 f"the weight of {name} is packed ({type(weight).__name__} of {weight.dtype}) in a way that is not "
                 "known here; of quantised layers those of bitsandbytes and torchao are"

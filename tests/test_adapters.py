@@ -444,7 +444,44 @@ GROUPS = {
 }
 
 
+@pytest.mark.parametrize("wrap", [lambda layer: layer, lambda layer: nn.TransformerEncoder(layer, 1)])
+def test_torchs_own_encoder_layers_call_their_adapters(wrap):
+    """In eval mode it would run as one operation, which reads weights alone; so does its attention, in any mode."""
+    model = nn.Sequential(wrap(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)), nn.Linear(8, 8))
+    shapes = {name: matrix_shape(module) for name, module in find_targets(model).items()}
+    assert not [name for name in shapes if name.endswith("out_proj")]
+    trained(model, RankPlan.uniform(shapes, 2))
+    x, padding = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    options = {"src_key_padding_mask": padding}
+    with torch.no_grad():
+        in_training = model[0](x, **options)
+        torch.testing.assert_close(model.eval()[0](x, **options)[~padding], in_training[~padding])
+
+
 class TestGroups:
+    def test_one_dropout_mask_for_a_group(self):
+        for shared in (True, False):
+            model = trained(
+                self.build("LlamaForCausalLM"), self.plan("LlamaForCausalLM"), dropout=0.5, shared_dropout_mask=shared
+            )
+            attention = model.model.layers[0].self_attn
+            for layer in (attention.q_proj, attention.k_proj):
+                for parameter in (layer.weight, layer.lora_A, layer.lora_B):
+                    nn.init.constant_(parameter, 0.0 if parameter is layer.weight else 1.0)
+            dropped = []
+            for layer in (attention.q_proj, attention.k_proj):
+                layer.register_forward_hook(
+                    lambda layer, args, y, dropped=dropped: dropped.append(y[..., 0] / (layer.scaling * layer.rank))
+                )
+            self.step(model, "LlamaForCausalLM")
+            assert torch.allclose(dropped[0], dropped[1], rtol=1e-4, atol=1e-5) == shared
+
+    def plan(self, family):
+        shapes = {name: matrix_shape(module) for name, module in find_targets(self.build(family)).items()}
+        plan = RankPlan.uniform(shapes, 1, scaling=1.5, fingerprint=fingerprint(self.build(family)))
+        return plan.with_ranks({name: index % 4 + 1 for index, name in enumerate(shapes)})
+
     @pytest.fixture
     def group_calls(self, monkeypatch):
         """Sizes of the groups that were computed by one op."""

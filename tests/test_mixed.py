@@ -493,6 +493,50 @@ def test_adapters_with_an_optimiser_each_do_not_decay_in_steps_without_samples()
         assert torch.equal(p, before[name])
 
 
+def test_a_layer_refuses_an_adapter_as_a_whole():
+    layer = one_layer((3,))
+    for arguments in ({"adapter_dtype": torch.int8}, {"scaling": "two"}, {"rank": 9}):
+        with pytest.raises((ValueError, RankError)):
+            layer.add_adapter("x", **{"rank": 2, **arguments})
+        assert layer.routing.names == ["a0"]
+        assert list(layer.adapters) == list(layer.lora_A) == ["a0"]
+
+
+def test_ids_are_not_set_again_where_an_adapter_was_deleted():
+    model = with_adapters(llama())
+    mixed.set_adapter_ids(model, ["b"] * 4)
+    with mixed.adapter_ids(model, "c"):
+        mixed.add_adapter(model, "d", plan_for(llama(), 3))
+    assert mixed._routing(model).assignment()[0].tolist() == [1] * 4
+    with mixed.adapter_ids(model, "c"):
+        mixed.delete_adapter(model, "a")
+    with pytest.raises(AdapterError, match="to say which sample uses which"):
+        logits(model)
+
+
+def test_a_base_of_its_own_forward_takes_one_adapter_a_batch():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer, x = MultiLoRALinear(Doubled(8, 6)), torch.randn(2, 8)
+    layer.add_adapter("a", 2)
+    layer.add_adapter("b", 3)
+    nn.init.normal_(layer.lora_B["a"])
+    layer.routing.assign("a")
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ layer.delta_weight("a").T)
+    layer.routing.assign(["a", "b"])
+    with pytest.raises(AdapterError, match=r"forward of its own \(Doubled\).*one adapter, by its name"):
+        layer(x)
+
+
+def test_ids_need_a_batch():
+    layer = one_layer()
+    layer.routing.assign(["a0"])
+    with pytest.raises(ValueError, match=r"adapter ids are for a batch.*not \(8,\)"):
+        layer(torch.randn(8))
+
+
 def test_delete_adapter(make):
     model = with_adapters(make())
     mixed.set_adapter_ids(model, "c")
@@ -605,6 +649,7 @@ def test_bad_plans_leave_the_model_alone():
         (lambda: mixed.add_adapter(model, "a.b", plan), AdapterError, "without dots"),
         (lambda: mixed.add_adapter(model, "a", plan, init="zero"), ValueError, "init 'zero' is unknown"),
         (lambda: mixed.add_adapter(model, "a", plan, dropout=1.5), ValueError, "dropout must be in"),
+        (lambda: mixed.add_adapter(model, "a", plan, adapter_dtype=torch.int8), ValueError, "of floating point"),
         (lambda: mixed.set_adapter_ids(model, "a"), AdapterError, r"call sensilora\.mixed\.add_adapter first"),
         (lambda: mixed.adapter_names(model), AdapterError, "carries no named adapter"),
     ):

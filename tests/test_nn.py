@@ -255,8 +255,81 @@ def test_a_rank_is_a_whole_number(rank):
         ({"base_layer": nn.Embedding(3, 4)}, AdapterError, "not Embedding"),
         ({"init": "zeros"}, ValueError, "init 'zeros' is unknown"),
         ({"dropout": 1.5}, ValueError, "dropout must be in"),
+        ({"adapter_dtype": torch.int8}, ValueError, "adapter_dtype must be of floating point, not torch.int8"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         VarRankLoRALinear(**{"base_layer": nn.Linear(8, 6), "rank": 2, **arguments})
+
+
+def test_a_layer_refused_leaves_its_base_as_it_was():
+    base = nn.Linear(8, 6)
+    for arguments in ({"adapter_dtype": torch.int8}, {"scaling": "two"}, {"rank": 9}):
+        with pytest.raises((ValueError, RankError)):
+            VarRankLoRALinear(base, **{"rank": 2, **arguments})
+    assert base.weight.requires_grad
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_base_with_a_forward_of_its_own_is_called():
+    x = torch.randn(5, 8)
+    layer = trained(Doubled(8, 6))
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ layer.delta_weight().T)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_the_base_fire(register):
+    layer, fired = trained(nn.Linear(8, 6)), []
+    x = torch.randn(5, 8)
+    expected = layer(x)
+    getattr(layer.base_layer, register)(lambda *args: fired.append(1))
+    torch.testing.assert_close(layer(x), expected)
+    assert fired == [1]
+
+
+def test_a_forward_put_on_the_base_is_called():
+    """As accelerate does to move weights."""
+    layer = trained(nn.Linear(8, 6))
+    x = torch.randn(5, 8)
+    forward = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: 2 * forward(x)
+    torch.testing.assert_close(layer(x), 2 * forward(x) + x @ layer.delta_weight().T)
+
+
+def test_functional_call_with_plain_tensors(kind):
+    layer = trained(make_base(kind))
+    x = torch.randn(5, 8)
+    other = {name: torch.randn_like(parameter) for name, parameter in layer.named_parameters()}
+    got = torch.func.functional_call(layer, other, x)
+    layer.load_state_dict(other)
+    torch.testing.assert_close(got, layer(x))
+
+
+def test_replicas_of_data_parallel(kind):
+    """Their parameters are plain tensors in the modules' attributes."""
+    from torch.nn.parallel.replicate import _replicatable_module
+
+    layer = trained(make_base(kind))
+    assert _replicatable_module(layer)
+    replica = layer._replicate_for_data_parallel()
+    base = replica.base_layer = layer.base_layer._replicate_for_data_parallel()
+    replica._modules["base_layer"] = base
+    for copied, module in ((replica, layer), (base, layer.base_layer)):
+        copied._parameters = {}
+        for name, parameter in module._parameters.items():
+            setattr(copied, name, None if parameter is None else parameter * 1.0)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(replica(x), layer(x))
+
+
+def test_a_parametrised_base():
+    base = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))
+    x = torch.randn(5, 8)
+    expected = base(x)
+    layer = trained(base)
+    torch.testing.assert_close(layer(x), expected + x @ layer.delta_weight().T)

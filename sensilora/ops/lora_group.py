@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def lora_group(
         RuntimeError: when differentiated twice, or in forward mode.
     """
     members = len(weights)
-    ps = [float(dropout_ps)] * members if isinstance(dropout_ps, (int, float)) else [float(p) for p in dropout_ps]
+    ps = [float(dropout_ps)] * members if isinstance(dropout_ps, (float, Real)) else [float(p) for p in dropout_ps]
     lists = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings, "dropout_ps": ps}
     for name, entries in lists.items():
         if len(entries) != members:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def lora_segments(
     x, weight, bias = cast_for_autocast(x, weight, bias)
     ranks = [whole_rank(rank) for rank in ranks]
     scalings = [float(scaling) for scaling in scalings]
-    ps = [float(dropout_ps)] * len(ranks) if isinstance(dropout_ps, (int, float)) else [float(p) for p in dropout_ps]
+    ps = [float(dropout_ps)] * len(ranks) if isinstance(dropout_ps, (float, Real)) else [float(p) for p in dropout_ps]
     _check(x, weight, bias, lora_A, lora_B, ranks, scalings, ps, offsets, adapters)
     if not any(p > 0 and rank > 0 for p, rank in zip(ps, ranks, strict=True)):
         seed = None
