@@ -57,4 +57,5 @@ for drift in callback.history:
 
 found = trainer.predict(test)
 print(f"accuracy: {(found.predictions.argmax(-1) == found.label_ids).mean():.3f}")
-print(f"wrote {sensilora.save_adapter(model, options.output)}")
+if trainer.is_world_process_zero():
+    print(f"wrote {sensilora.save_adapter(model, options.output)}")

@@ -289,6 +289,8 @@ def _required_layers(model: nn.Module) -> dict[str, VarRankLoRALinear]:
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Write the model's adapters, and its modules_to_save, as a PEFT adapter folder.
 
+    Where several processes train the model, call it in one of them.
+
     Args:
         model: a model that `inject` or `load_adapter` prepared.
         folder: created whole or not at all.
@@ -486,6 +488,7 @@ _UNSUPPORTED = (
     "alora_invocation_tokens",
     "target_parameters",
     "trainable_token_indices",
+    "layer_replication",
 )
 
 
@@ -509,6 +512,7 @@ class AdapterConfig(BaseModel):
     alora_invocation_tokens: Any = None
     target_parameters: Any = None
     trainable_token_indices: Any = None
+    layer_replication: Any = None
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

@@ -352,6 +352,7 @@ class TestDamagedAdapter:
             ({"alpha_pattern": {"a": "b"}}, "alpha_pattern"),
             ({"rank_pattern": {"(": 3}}, r"rank_pattern.*not a valid regular expression"),
             ({"use_dora": True}, "use_dora is set"),
+            ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is set"),
             ({"modules_to_save": ["nothing"]}, "does not name its module"),
         ],
     )

@@ -501,7 +501,8 @@ def test_the_fields_of_the_config():
     assert plan.to_lora_config().exclude_modules is None
 
 
-def test_a_dropped_matrix_whose_name_ends_like_a_kept_one_stays_dropped():
+@pytest.mark.parametrize("excluded", [None, [], ["other"], "other|.*another"])
+def test_a_dropped_matrix_whose_name_ends_like_a_kept_one_stays_dropped(excluded):
     peft = pytest.importorskip("peft")
 
     class Block(torch.nn.Module):
@@ -515,7 +516,8 @@ def test_a_dropped_matrix_whose_name_ends_like_a_kept_one_stays_dropped():
             return self.inner(self.fc(x))
 
     plan = plan_for(Block(Block()), total_rank=2, min_rank=0).with_ranks({"fc": 2, "inner.fc": 0})
-    adapted = peft.get_peft_model(Block(Block()), plan.to_lora_config())
+    options = {} if excluded is None else {"exclude_modules": excluded}
+    adapted = peft.get_peft_model(Block(Block()), plan.to_lora_config(**options))
     adapted_names = [name for name, m in adapted.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     assert adapted_names == ["base_model.model.fc"]
 
@@ -525,7 +527,7 @@ def test_what_a_lora_config_cannot_say():
     plan = RankPlan.uniform({"a": (8, 8)}, 2)
     with pytest.raises(PlanError, match="every rank of the plan is 0"):
         plan.with_ranks({"a": 0}).to_lora_config()
-    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora"):
+    for field in ("r", "lora_alpha", "rank_pattern", "target_modules", "use_rslora", "layers_to_transform"):
         with pytest.raises(PlanError, match=f"{field} follows from the plan"):
             plan.to_lora_config(**{field: 1})
 

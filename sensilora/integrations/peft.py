@@ -37,7 +37,17 @@ Model = TypeVar("Model", bound=nn.Module)
 _KEYWORDS = frozenset({"adapter_names", *VARIANT_KWARG_KEYS})
 # PEFT's layers over bases of bitsandbytes and torchao, by name, as their modules import those.
 _QUANTISED = frozenset({"Linear4bit", "Linear8bitLt", "TorchaoLoraLinear"})
-_FROM_THE_PLAN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
+_FROM_THE_PLAN = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "use_rslora",
+    "layers_to_transform",
+    "layers_pattern",
+    "layer_replication",
+)
 
 
 def lora_config_from_plan(plan: RankPlan, **overrides: Any) -> LoraConfig:
@@ -71,7 +81,13 @@ def lora_config_from_plan(plan: RankPlan, **overrides: Any) -> LoraConfig:
     # PEFT matches target names against the end of a module's name, so a dropped module may need to be named.
     dropped = [name for name in plan.ranks if name not in ranks and any(name.endswith(f".{kept}") for kept in ranks)]
     if dropped:
-        overrides = {"exclude_modules": dropped, **overrides}
+        excluded = overrides.get("exclude_modules") or []
+        if isinstance(excluded, str):
+            # As PEFT reads it: a regular expression that matches a whole name.
+            excluded = "|".join([f"(?:{excluded})", *map(re.escape, dropped)])
+        else:
+            excluded = [*excluded, *dropped]
+        overrides = {**overrides, "exclude_modules": excluded}
     return LoraConfig(
         r=largest,
         lora_alpha=cast(int, alpha(largest)),  # annotated as int, but any number is taken
@@ -145,6 +161,7 @@ def fuse(model: Model, *, groups: bool = False) -> Model:
     Raises:
         AdapterError: the model holds no LoRA layer that can be fused.
     """
+    _check_model(model, "fuse")
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     left: Counter[str] = Counter()
     for layer in layers:
@@ -169,8 +186,18 @@ def fuse(model: Model, *, groups: bool = False) -> Model:
     return model
 
 
+def _check_model(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"{function} takes a model with PEFT's LoRA layers, not {type(model).__name__}")
+
+
 def unfuse(model: Model) -> Model:
-    """Make all fused layers PEFT's own again, in place. Returns `model`."""
+    """Make all fused layers PEFT's own again, in place. Returns `model`.
+
+    Raises:
+        AdapterError: `model` is no module.
+    """
+    _check_model(model, "unfuse")
     _remove_groups(model)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, _Fused)]
     for layer in layers:

@@ -1016,3 +1016,9 @@ def test_layers_whose_class_is_made_at_run_time_can_be_pickled():
         assert type(twin) is type(layer)
         assert twin.lora_A["default"].weight is not layer.lora_A["default"].weight
         torch.testing.assert_close(twin(x), expected)
+
+
+@pytest.mark.parametrize("function", [fuse, unfuse])
+def test_what_is_no_model(function):
+    with pytest.raises(AdapterError, match="takes a model with PEFT's LoRA layers, not LoraConfig"):
+        function(config())
