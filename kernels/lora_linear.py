@@ -534,10 +534,28 @@ LONG_REDUCTION = 8192
 
 
 def _config(kernel: str, stack: int, like: torch.Tensor) -> tuple[int, ...]:
-    """The entry of CONFIGS; half the columns and two stages where fp32 or a smaller GPU would not fit its tiles."""
-    rows, columns, warps, stages, *rest = CONFIGS[kernel][_bucket(stack)]
-    if like.dtype == torch.float32 or (like.is_cuda and _shared_memory(like.device) < TUNED_SHARED_MEMORY):
+    """The entry of CONFIGS for tensors like this one."""
+    small = like.is_cuda and _shared_memory(like.device) < TUNED_SHARED_MEMORY
+    wgmma = not like.is_cuda or _is_hopper(like.device)
+    return fitted_config(kernel, _bucket(stack), fp32=like.dtype == torch.float32, small=small, wgmma=wgmma)
+
+
+def fitted_config(kernel: str, bucket: int, *, fp32: bool, small: bool, wgmma: bool) -> tuple[int, ...]:
+    """The entry of CONFIGS, made smaller where fp32 or another GPU than the one it was tuned for would not fit it.
+
+    Args:
+        small: whether a block may take less shared memory.
+        wgmma: whether products take their operands from shared memory, as Hopper's do, and not from registers.
+    """
+    rows, columns, warps, stages, *rest = CONFIGS[kernel][bucket]
+    if fp32 or small:
         columns, stages = max(32, columns // 2), 2
+    # Or the tile of the skinny product and that of the update would not fit the registers together.
+    if kernel in ("outer", "outer_dropout"):
+        if fp32 and bucket >= 64:
+            rows, columns, warps = 32, 32, 8
+        elif not wgmma:
+            rows = max(32, rows // 2)
     return rows, columns, warps, stages, *rest
 
 

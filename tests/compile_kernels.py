@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import triton
@@ -22,10 +23,10 @@ from triton.compiler import ASTSource
 
 from sensilora.kernels import diagonal_metrics, fisher_diag, hutchinson, lora_linear, lora_segments
 
-HOPPER = GPUTarget("cuda", 90, 32)
+HOPPER, AMPERE = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32)
 
 
-def compiled(kernel, types: dict, constants: dict, **options) -> dict[str, int]:
+def compiled(kernel, types: dict, constants: dict, target: GPUTarget = HOPPER, **options) -> dict[str, int]:
     """Registers a thread, bytes of them spilled, and bytes of shared memory a program."""
     signature, values, attributes = {}, {}, {}
 
@@ -45,7 +46,7 @@ def compiled(kernel, types: dict, constants: dict, **options) -> dict[str, int]:
         else:
             signature[name] = add((index,), types[name])
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    binary = triton.compile(source, target=HOPPER, options=options)
+    binary = triton.compile(source, target=target, options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -126,6 +127,29 @@ def outer(name: str, bucket: int, dropout: bool = False) -> dict[str, int]:
         "OVERLAP": True, "BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": bucket,
     }  # fmt: skip
     return compiled(lora_linear._lora_outer_kernel, types, constants, num_warps=warps, num_stages=stages)
+
+
+def outer_with_update(target: GPUTarget, dtype: str, bucket: int, dropout: bool) -> dict[str, int]:
+    name = "outer_dropout" if dropout else "outer"
+    block_t, block_c, warps, stages, _ = lora_linear.fitted_config(
+        name, bucket, fp32=dtype == "fp32", small=False, wgmma=target is HOPPER
+    )
+    element = f"*{dtype}"
+    types = {
+        "left": element, "skinny": element, "outs": ("*fp32",), "partial": "*fp32", "matrices": ("*fp32",),
+        "grad_x": element, "seed": "*i64" if dropout else None, "ranks": ("i32 any",),
+        **dict.fromkeys(("rows", "columns", "skinny_stride", "stack"), "i32"),
+        **dict.fromkeys(("out_strides_r", "matrix_strides_r"), ("i32",)),
+        **dict.fromkeys(("out_stride_c", "matrix_stride_c"), "1"),
+        "scale": "fp32", "threshold": "i32 any", "row_tiles": "i32 any",
+    }  # fmt: skip
+    constants = {
+        "SPLIT": True, "UPDATE": True, "DROPOUT": dropout, "EVEN_C": True, "ALIGNED": True, "PRECISION": "ieee",
+        "OVERLAP": False, "BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": bucket,
+    }  # fmt: skip
+    return compiled(
+        lora_linear._lora_outer_kernel, types, constants, target, num_warps=warps, num_stages=stages
+    )  # fmt: skip
 
 
 def reduce(size: str) -> dict[str, int]:
@@ -268,6 +292,15 @@ CASES = {
     "down_beside 64": lambda: down("down_beside", 64, 3),
     "outer_beside 16": lambda: outer("outer_beside", 16),
     "outer_dropout_beside 16": lambda: outer("outer_dropout_beside", 16, dropout=True),
+    **{
+        f"outer with update {target.arch} {dtype} {bucket} {dropout}": partial(
+            outer_with_update, target, dtype, bucket, dropout
+        )
+        for target in (HOPPER, AMPERE)
+        for dtype in ("bf16", "fp32")
+        for bucket in (32, 128)
+        for dropout in (False, True)
+    },
     "hutchinson fp32": lambda: hutchinson_accumulate("fp32"),
     "hutchinson bf16": lambda: hutchinson_accumulate("bf16"),
 }
