@@ -529,7 +529,7 @@ PRODUCT_REGISTERS = 208
 # Elements of the weights from which a product counts as long.
 LONG_PRODUCT = 2**25
 # Row tiles that share their columns in L2 (GROUP), for a reduction of up to LONG_REDUCTION and for a longer one.
-PRODUCT_GROUPS = (8, 8)
+PRODUCT_GROUPS = (16, 8)
 LONG_REDUCTION = 8192
 
 
