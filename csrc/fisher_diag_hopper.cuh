@@ -9,9 +9,8 @@
 // Blocks stay for many tiles, which all take the same time. The tiles that would not fill the last wave are divided by
 // sequences: their partial sums are added by a second launch, in order.
 //
-// A tensor core cuts off what it adds to a sum, so that long sums of one sign fall short: by 1.5e-5 after 8192 rows, in
-// proportion to their number, and their square by twice that. kLong leaves kLongSteps steps to it and sums those sums in
-// fp32 proper, in a third set of registers.
+// A tensor core cuts off what it adds to a sum, so that long sums of one sign fall short, their squares by 1.05e-5 after
+// 1024 rows. kLong leaves kLongSteps steps to it and sums those sums in fp32 proper, in a third set of registers.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +24,7 @@ namespace sensilora {
 constexpr int kHopperThreads = 384;
 constexpr int kHopperCluster = 2;
 constexpr int kHopperTokens = 64;
-constexpr int kLongSteps = 16;
+constexpr int kLongSteps = 8;
 
 template <class Products, int kColumnTiles_, bool kLong_>
 struct HopperTile {
