@@ -34,11 +34,12 @@ from sensilora.kernels.lora_linear import (
     _tile_order,
     launch_reduce,
     padded,
-    product_group,
     product_serves,
 )
 
 MAX_BLOCK_RANK = 64
+# Row tiles that share their columns in L2; with more, the rows of a large rank lie in tiles of one time.
+GROUP = 8
 # Ranks that are treated as few: read in a block of their own size, and in the product fetched before a tile's sum.
 FIRST_RANKS = tl.constexpr(16)
 # Rows and columns that a program packs.
@@ -414,7 +415,7 @@ def _product(left, matrix, bias, skinny, updates, segments, *, scaled):
         reduced, segments.segments, segments.count, skinny.stride(0), updates.stride(0), updates.stride(1),
         SCALED=scaled, HAS_BIAS=bias is not None, TRANSPOSED=transposed, OVERLAP=overlap, BLOCK_T=block_t,
         BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_R=segments.block_r, BLOCK_S=segments.block_s,
-        GROUP=product_group([left]), PARTS=2, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS,
+        GROUP=GROUP, PARTS=2, num_warps=warps, num_stages=stages, maxnreg=PRODUCT_REGISTERS,
         **_overlapping(overlap),
     )  # fmt: skip
     return out
