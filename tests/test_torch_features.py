@@ -325,12 +325,12 @@ def _join(rank, world_size, folder):
     )
 
 
-def _ddp_worker(rank, world_size, folder):
+def _ddp_worker(rank, world_size, folder, groups):
     if world_size > 1:
         torch.set_num_threads(1)
     _join(rank, world_size, folder)
     try:
-        model = make_llama("cpu", dropout=0.0)
+        model = make_llama("cpu", dropout=0.0, groups=groups)
         torch.manual_seed(7)
         ids = make_ids("cpu", batch=4)
         parallel = nn.parallel.DistributedDataParallel(model)
@@ -349,7 +349,7 @@ class TestDistributed:
             pytest.skip("torch was built without gloo")
 
     def test_ddp_in_one_process(self, tmp_path):
-        _ddp_worker(0, 1, tmp_path)
+        _ddp_worker(0, 1, tmp_path, False)
 
     def test_fsdp_in_one_process(self, tmp_path):
         from torch.distributed.fsdp import fully_shard
@@ -367,8 +367,9 @@ class TestDistributed:
         finally:
             torch.distributed.destroy_process_group()
 
-    def test_ddp_averages_the_gradients_of_two_processes(self, tmp_path):
-        torch.multiprocessing.spawn(_ddp_worker, (2, tmp_path), nprocs=2)
+    @pytest.mark.parametrize("groups", [False, True])
+    def test_ddp_averages_the_gradients_of_two_processes(self, tmp_path, groups):
+        torch.multiprocessing.spawn(_ddp_worker, (2, tmp_path, groups), nprocs=2)
 
 
 class TestCopies:
