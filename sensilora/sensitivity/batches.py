@@ -102,9 +102,8 @@ class Batch:
                 "as a tokenizer or a collator makes them"
             )
         device = next(model.parameters()).device
-        # Detached, so that a backward pass cannot reach a tensor of the caller's.
         self.entries: dict[str, Any] = {
-            key: value.detach().to(device) if isinstance(value, Tensor) else value for key, value in raw.items()
+            key: _own(value, device) if isinstance(value, Tensor) else value for key, value in raw.items()
         }
         self.labels = self._labels()
         self.inputs = {key: value for key, value in self.entries.items() if key not in ("labels", "label")}
@@ -242,6 +241,12 @@ def _is_main() -> bool:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model's configuration says that it has an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _own(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a backward pass does not reach the caller's, and may save it."""
+    tensor = tensor.detach().to(device)
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _stream(key: str, shape: torch.Size, mask: Tensor | None) -> Stream:

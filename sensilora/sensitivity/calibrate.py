@@ -157,9 +157,9 @@ def calibrate(
         min_probes: the least, at least 2; they are also how many more are taken before the error is looked at again.
         tolerance: the standard error of a matrix's trace, as a fraction of the trace, at which no more are taken.
         hvp: how products with the Hessian are taken. "double_backward" is exact; torch's scaled dot-product
-            attention then takes its math backend, as the fused ones have no second derivative, and gradient
-            checkpointing must not be reentrant. "central_differences" of the gradients at W ± εz take two forward and
-            backward passes a probe, any operation, and err by about 5e-5 with fp32 weights, some percent with bf16.
+            attention then takes its math backend, as the fused ones have no second derivative. "central_differences"
+            of the gradients at W ± εz take two forward and backward passes a probe, any operation, and err by about
+            5e-5 with fp32 weights, some percent with bf16. Gradient checkpointing must not be reentrant with either.
         seed: of the label samples and the probes.
         k: fraction of the diagonal that the top-k mean covers, in (0, 1].
         alpha: share of the trace that the effective rank must reach, in (0, 1].
@@ -442,7 +442,18 @@ def _check_folders(diagonals: Path, checkpoint: Path) -> None:
 
 
 def _check_parameters(model: nn.Module) -> None:
-    """Found here, a NaN costs one read of the weights; found in a batch, it could hide behind the last target."""
+    """The weights are finite, and ordinary tensors.
+
+    Found here, a NaN costs one read of the weights; found in a batch, it could hide behind the last target.
+    """
+    made_for_inference = next(
+        (name for name, parameter in model.named_parameters() if parameter.is_inference()), None
+    )
+    if made_for_inference is not None:
+        raise CalibrationError(
+            f"the parameter {made_for_inference!r} was made under torch.inference_mode and cannot be differentiated; "
+            "load the model outside of it"
+        )
     name = first_non_finite(model.named_parameters())
     if name is not None:
         raise NonFiniteError(f"the parameter {name!r} holds NaN or Inf; the checkpoint is damaged or diverged")

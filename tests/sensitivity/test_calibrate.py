@@ -334,6 +334,29 @@ def test_labels_of_several_kinds_at_once_are_probabilities(value):
         calibrate(Net(), [{**batch_of(), "labels": labels}], estimator="fisher", progress=False)
 
 
+@pytest.mark.parametrize("estimator", ["activation", "fisher", "hutchinson"])
+def test_tensors_made_under_inference_mode(estimator):
+    class Direct(nn.Module):
+        """A linear layer reads the batch itself."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    arguments = {"estimator": estimator, "targets": ["layer"], "probes": 2, "min_probes": 2, "progress": False}
+    model, batch = Direct(), {"x": torch.randn(5, 4), "labels": torch.tensor([0, 1, 2, 0, 1])}
+    expected = calibrate(model, [batch], **arguments)
+    with torch.inference_mode():
+        batch = {name: tensor.clone() for name, tensor in batch.items()}
+        other = Direct()
+    assert calibrate(model, [batch], **arguments) == expected
+    with pytest.raises(CalibrationError, match=r"made under torch\.inference_mode"):
+        calibrate(other, [batch], **arguments)
+
+
 def test_fisher_of_a_weight_that_is_an_embedding_too():
     class Tied(Net):
         def __init__(self):
