@@ -533,29 +533,34 @@ PRODUCT_GROUPS = (16, 8)
 LONG_REDUCTION = 8192
 
 
-def _config(kernel: str, stack: int, like: torch.Tensor) -> tuple[int, ...]:
-    """The entry of CONFIGS for tensors like this one."""
-    small = like.is_cuda and _shared_memory(like.device) < TUNED_SHARED_MEMORY
-    wgmma = not like.is_cuda or _is_hopper(like.device)
-    return fitted_config(kernel, _bucket(stack), fp32=like.dtype == torch.float32, small=small, wgmma=wgmma)
+def _config(kernel: str, stack: int, like: torch.Tensor, *, update: bool = False) -> tuple[int, ...]:
+    """The entry of CONFIGS for tensors like this one; `update`: of a pass that adds to grad_x too."""
+    return fitted_config(
+        kernel,
+        _bucket(stack),
+        fp32=like.dtype == torch.float32,
+        small=like.is_cuda and _shared_memory(like.device) < TUNED_SHARED_MEMORY,
+        wgmma=not like.is_cuda or _is_hopper(like.device),
+        update=update,
+    )
 
 
-def fitted_config(kernel: str, bucket: int, *, fp32: bool, small: bool, wgmma: bool) -> tuple[int, ...]:
+def fitted_config(kernel: str, bucket: int, *, fp32: bool, small: bool, wgmma: bool, update: bool) -> tuple[int, ...]:
     """The entry of CONFIGS, made smaller where fp32 or another GPU than the one it was tuned for would not fit it.
 
     Args:
         small: whether a block may take less shared memory.
         wgmma: whether products take their operands from shared memory, as Hopper's do, and not from registers.
+        update: whether the pass adds an update to grad_x too.
     """
     rows, columns, warps, stages, *rest = CONFIGS[kernel][bucket]
     if fp32 or small:
         columns, stages = max(32, columns // 2), 2
     # Or the tile of the skinny product and that of the update would not fit the registers together.
-    if kernel in ("outer", "outer_dropout"):
-        if fp32 and bucket >= 64:
-            rows, columns, warps = 32, 32, 8
-        elif not wgmma:
-            rows = max(32, rows // 2)
+    if update and fp32 and bucket >= 64:
+        rows, columns, warps = 32, 32, 8
+    elif update and not wgmma:
+        rows = max(32, rows // 2)
     return rows, columns, warps, stages, *rest
 
 
@@ -832,7 +837,7 @@ def launch_lora_outer(left, skinny, outs, scale, threshold, seed, *, update=None
     name = "outer_dropout" if threshold else "outer"
     if overlap:
         name = "outer_behind" if long and not threshold else name + "_beside"
-    block_t, block_c, warps, stages, per_sm = _config(name, stack, left)
+    block_t, block_c, warps, stages, per_sm = _config(name, stack, left, update=grad_x is not None)
     row_tiles = _cdiv(rows, block_t)
     if row_tiles <= 8:
         block_c = 32  # few rows: more programs, each still reads whole sectors

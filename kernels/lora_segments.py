@@ -38,7 +38,8 @@ from sensilora.kernels.lora_linear import (
 )
 
 MAX_BLOCK_RANK = 64
-# Row tiles that share their columns in L2; with more, the rows of a large rank lie in tiles of one time.
+# Row tiles that share their columns in L2. With more of them, the tiles whose rows have a large rank are under way
+# together, and these take longer.
 GROUP = 8
 # Ranks that are treated as few: read in a block of their own size, and in the product fetched before a tile's sum.
 FIRST_RANKS = tl.constexpr(16)
@@ -371,11 +372,11 @@ def _packed(stacks, like):
         packed.append(stack)
     if copied:
         outs = [out for out, stack in zip(packed, stacks, strict=True) if out is not stack]
-        rank, columns = stacks[0].shape[0], [stack.shape[1] for stack in copied]
+        ranks, columns = stacks[0].shape[0], [stack.shape[1] for stack in copied]
         strides_r, strides_c = zip(*(stack.stride() for stack in copied), strict=True)
         block_r, block_c = PACK_BLOCKS
-        _segments_pack_kernel[(_cdiv(max(columns), block_c), _cdiv(rank, block_r), len(copied))](
-            tuple(copied), tuple(outs), rank, tuple(columns), strides_r, strides_c, BLOCK_R=block_r, BLOCK_C=block_c
+        _segments_pack_kernel[(_cdiv(max(columns), block_c), _cdiv(ranks, block_r), len(copied))](
+            tuple(copied), tuple(outs), ranks, tuple(columns), strides_r, strides_c, BLOCK_R=block_r, BLOCK_C=block_c
         )
     return packed
 

@@ -81,7 +81,8 @@ def inject(
             a resized vocabulary; names and shapes of the planned matrices are checked in any case.
         groups: compute projections that read one input together (query, key, value; gate, up; told by their usual
             names), whatever their ranks, by `sensilora.ops.lora_group`. Modules, parameters and files are the same
-            either way; layers that turn out to read different inputs go on alone.
+            either way; layers that turn out to read different inputs go on alone, and so do all under
+            ``torch.inference_mode``.
         shared_dropout_mask: with `groups`, one dropout mask for the projections that are computed together, instead
             of one for each (PEFT's way), which costs less.
 
@@ -220,14 +221,23 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> Non
         for name, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    # Or it may run as one fused operation, which reads weights and calls none of its modules.
-                    parent.activation_relu_or_gelu = 0
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            fused = all(getattr(layer, "activation_relu_or_gelu", 0) != 0 for layer in module.layers)
-            # The nested tensors are for that operation.
-            module.use_nested_tensor = module.use_nested_tensor and fused
+        # Or torch's encoder layer may run as one operation, which reads weights and calls none of its modules. The
+        # nested tensors are for that operation.
+        if isinstance(module, nn.TransformerEncoderLayer):
+            _switch(module, "activation_relu_or_gelu", 0, off=bool(_adapted(module)))
+        elif isinstance(module, nn.TransformerEncoder):
+            _switch(module, "use_nested_tensor", False, off=bool(_adapted(module)))
+
+
+def _switch(module: nn.Module, name: str, value: Any, *, off: bool) -> None:
+    """Give an attribute this value where `off`, and the one it had where not."""
+    kept = f"_sensilora_{name}"
+    if off and kept not in module.__dict__:
+        module.__dict__[kept] = getattr(module, name)
+        setattr(module, name, value)
+    elif not off and kept in module.__dict__:
+        setattr(module, name, module.__dict__.pop(kept))
 
 
 def merge(model: Model) -> Model:

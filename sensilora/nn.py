@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sensilora.errors import AdapterError, RankError
 from sensilora.ops import lora_group, lora_linear, lora_segments, lora_update
 from sensilora.ops._lora import autocast_dtype, draw_seeds
 from sensilora.targets import (
+    has_own_forward,
     is_conv1d,
     is_matrix,
     is_packed_for_inference,
     is_packed_otherwise,
     is_quantised,
+    is_wrapped,
     matrix_shape,
     whole_rank,
 )
@@ -184,6 +187,11 @@ class VarRankLoRALinear(nn.Module):
 def _check_base(base_layer: nn.Module) -> None:
     if not is_matrix(base_layer):
         raise AdapterError(f"base_layer must be nn.Linear or Conv1D, not {type(base_layer).__name__}")
+    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+        raise AdapterError(
+            "base_layer is the output projection of an nn.MultiheadAttention, which reads its weight and never calls "
+            "it; an adapter would have no effect"
+        )
     if is_packed_otherwise(base_layer):
         raise AdapterError(
             f"the weight of the base layer is packed ({type(base_layer.weight).__name__}) in a way that is not known "
@@ -247,16 +255,14 @@ def _adapted(
 
 def _must_be_called(base_layer: nn.Module) -> bool:
     """Whether the layer is more than the product with its weight: quantised, of another forward, or with hooks."""
+    return is_quantised(base_layer) or _is_another_function(base_layer) or is_wrapped(base_layer)
+
+
+def _is_another_function(base_layer: nn.Module) -> bool:
+    """Whether the layer's forward is neither ``nn.Linear``'s nor transformers' ``Conv1D``'s."""
     owner = next(kind for kind in type(base_layer).__mro__ if "forward" in kind.__dict__)
-    return bool(
-        is_quantised(base_layer)
-        or (owner is not nn.Linear and owner.__name__ != "Conv1D")
-        or "forward" in base_layer.__dict__
-        or base_layer._forward_hooks
-        or base_layer._forward_pre_hooks
-        or base_layer._backward_hooks
-        or base_layer._backward_pre_hooks
-    )
+    plain = owner is nn.Linear or (owner.__name__ == "Conv1D" and is_conv1d(base_layer))
+    return not plain or has_own_forward(base_layer)
 
 
 def check_base_gradient(base_layer: nn.Module, x: Tensor) -> None:
@@ -285,6 +291,11 @@ def _delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 def check_mergeable(base_layer: nn.Module, name: str = "the base layer") -> None:
     """Raise AdapterError unless an update can be added to the layer's weight."""
+    if "weight" not in base_layer._parameters:
+        raise AdapterError(
+            f"the weight of {name} is computed by a parametrisation, so there is nothing to merge into; take the "
+            "parametrisation off first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
     if is_quantised(base_layer):
         raise AdapterError(
             f"the weight of {name} is quantised, so a merged update would be rounded to its few levels; save the "
@@ -323,12 +334,22 @@ def _truncated(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tenso
     return root[:, None] * (right[:kept] @ basis_A.T), (basis_B @ left[:, :kept]) * root
 
 
-def _joint(layers: Sequence[VarRankLoRALinear], x: Tensor, *, shared_dropout_mask: bool) -> tuple[Tensor, ...] | None:
-    """Every layer's output from one `lora_group` call; None where each must be called for itself."""
-    weight, ps = layers[0].weight, [layer.dropout if layer.training else 0.0 for layer in layers]
-    shared_dropout_mask = shared_dropout_mask and max(ps) > 0.0
-    if len(layers) < 2 or (shared_dropout_mask and len(set(ps)) > 1):
+def _joint(
+    layers: Sequence[VarRankLoRALinear], x: Tensor, *, shared_dropout_mask: bool, seed: Tensor | None = None
+) -> tuple[Tensor, ...] | None:
+    """Every layer's output from one `lora_group` call; None where each must be called for itself.
+
+    `seed` is the shared mask's; None draws one.
+    """
+    ps = [layer.dropout if layer.training else 0.0 for layer in layers]
+    one_mask = shared_dropout_mask and max(ps) > 0.0
+    if (
+        len(layers) < 2
+        or (one_mask and len(set(ps)) > 1)
+        or any(_must_be_called(layer.base_layer) for layer in layers)
+    ):
         return None
+    weight = layers[0].weight
     for layer in layers:
         # Wrappers (sharding, offloading, parametrisation) make weights ready in a pre-hook or in a forward of their
         # own, and backward hooks want an input of their own.
@@ -339,7 +360,6 @@ def _joint(layers: Sequence[VarRankLoRALinear], x: Tensor, *, shared_dropout_mas
             or layer._backward_hooks
             or layer._backward_pre_hooks
             or not layer.adapts
-            or _must_be_called(layer.base_layer)
             or layer.in_features != layers[0].in_features
             or layer.weight.dtype != weight.dtype
             or layer.weight.device != x.device
@@ -354,7 +374,7 @@ def _joint(layers: Sequence[VarRankLoRALinear], x: Tensor, *, shared_dropout_mas
         [layer.lora_B for layer in layers],
         [layer.scaling for layer in layers],
         dropout_ps=ps,
-        seeds=draw_seeds(1, x.device) if shared_dropout_mask else None,
+        seeds=(draw_seeds(1, x.device) if seed is None else seed) if one_mask else None,
     )
 
 
@@ -369,7 +389,8 @@ class VarRankLoRAGroup(nn.Module):
     Args:
         layers: one or more `VarRankLoRALinear`. Kept as ``layers``.
         shared_dropout_mask: draw one dropout mask for all layers instead of one for each (PEFT's way): where they
-            have one probability, all drop the same elements.
+            have one probability, all drop the same elements; of several probabilities, the smaller ones' are among
+            the larger ones'.
 
     Raises:
         AdapterError: there is no layer, or one is of another kind.
@@ -389,16 +410,23 @@ class VarRankLoRAGroup(nn.Module):
         adapted = [
             i for i, layer in enumerate(layers) if getattr(layer, "adapts", False) and not layer._forward_hooks
         ]
-        together = None
+        together, seed = None, None
+        if self.shared_dropout_mask and any(self._drops(layer) for layer in layers):
+            seed = draw_seeds(1, x.device)
         if len(adapted) > 1:
-            together = _joint([layers[i] for i in adapted], x, shared_dropout_mask=self.shared_dropout_mask)
-        if together is None:
-            dropping = [layer for layer in layers if getattr(layer, "adapts", False) and layer.dropout > 0.0]
-            one = draw_seeds(1, x.device) if self.shared_dropout_mask and self.training and dropping else None
-            return tuple(
-                layer(x, seed=one) if one is not None and layer in dropping else layer(x) for layer in layers
+            together = _joint(
+                [layers[i] for i in adapted], x, shared_dropout_mask=self.shared_dropout_mask, seed=seed
             )
-        return tuple(together[adapted.index(i)] if i in adapted else layer(x) for i, layer in enumerate(layers))
+        outputs = {} if together is None else dict(zip(adapted, together, strict=True))
+        for i, layer in enumerate(layers):
+            if i not in outputs:
+                outputs[i] = layer(x, seed=seed) if seed is not None and self._drops(layer) else layer(x)
+        return tuple(outputs[i] for i in range(len(layers)))
+
+    @staticmethod
+    def _drops(layer: Any) -> bool:
+        """Whether the layer drops elements and can be told by which mask; a class of the user's own may not."""
+        return type(layer) is VarRankLoRALinear and layer.adapts and layer.training and layer.dropout > 0.0
 
     def extra_repr(self) -> str:
         """Shown between the parentheses of ``print(model)``."""
@@ -844,7 +872,7 @@ class MultiLoRALinear(nn.Module):
         Raises:
             AdapterError: the name is taken, or cannot be one.
             RankError: the rank is out of range.
-            ValueError: `init` is unknown, or `dropout` outside [0, 1].
+            ValueError: `init` is unknown, `dropout` outside [0, 1], or `adapter_dtype` not of floating point.
         """
         rank = check_settings(rank, self.base_layer, init, dropout, adapter_dtype)
         scaling = float(scaling)
@@ -890,10 +918,10 @@ class MultiLoRALinear(nn.Module):
                 "over a quantised layer a batch takes one adapter, by its name: "
                 "sensilora.mixed.set_adapter_ids(model, 'name'); for one a sample load the model unquantised"
             )
-        if _must_be_called(self.base_layer):
+        if _is_another_function(self.base_layer):
             raise AdapterError(
-                f"over a base layer with hooks or a forward of its own ({type(self.base_layer).__name__}) a batch "
-                "takes one adapter, by its name: sensilora.mixed.set_adapter_ids(model, 'name')"
+                f"over a base layer with a forward of its own ({type(self.base_layer).__name__}) a batch takes one "
+                "adapter, by its name: sensilora.mixed.set_adapter_ids(model, 'name')"
             )
         offsets, ids = self.routing.segments(x)
         weight = self.weight.t() if is_conv1d(self.base_layer) else self.weight

@@ -63,16 +63,41 @@ def is_packed_for_inference(module: nn.Module) -> bool:
 def is_packed_otherwise(module: nn.Module) -> bool:
     """Whether the weight of a linear layer is packed in a way that is not known here: by another library's storage,
     or by its tensors, which may well claim a dense dtype and the matrix's shape."""
-    weight: Any = module.weight
+    weight: Any = module._parameters.get("weight")
+    if weight is None:  # a parametrisation computes it, which may change its buffers
+        return False
     foreign = is_traceable_wrapper_subclass(weight) and not type(weight).__module__.startswith("torch.")
     return not is_quantised(module) and (foreign or weight.dtype not in _DENSE or weight.dim() != 2)
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or has_own_forward(module)
+    )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a forward was put on the module itself, other than accelerate's where it only moves inputs."""
+    return "forward" in module.__dict__ and not only_aligns_devices(module)
+
+
+def only_aligns_devices(module: nn.Module) -> bool:
+    """Whether the module's own forward is accelerate's, which moves inputs to where the weights are and no more."""
+    return getattr(module.__dict__.get("_hf_hook"), "offload", True) is False
+
+
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of an ``nn.Linear`` or ``Conv1D``."""
-    if isinstance(module, nn.Linear) and is_quantised(module):
+    weight: Any = module._parameters.get("weight")
+    if isinstance(module, nn.Linear) and (weight is None or is_quantised(module)):
         return module.out_features, module.in_features
-    weight: Any = module.weight
+    if weight is None:
+        weight = module.weight
     rows, columns = weight.shape
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 

@@ -132,7 +132,7 @@ def outer(name: str, bucket: int, dropout: bool = False) -> dict[str, int]:
 def outer_with_update(target: GPUTarget, dtype: str, bucket: int, dropout: bool) -> dict[str, int]:
     name = "outer_dropout" if dropout else "outer"
     block_t, block_c, warps, stages, _ = lora_linear.fitted_config(
-        name, bucket, fp32=dtype == "fp32", small=False, wgmma=target is HOPPER
+        name, bucket, fp32=dtype == "fp32", small=False, wgmma=target is HOPPER, update=True
     )
     element = f"*{dtype}"
     types = {
@@ -147,9 +147,7 @@ def outer_with_update(target: GPUTarget, dtype: str, bucket: int, dropout: bool)
         "SPLIT": True, "UPDATE": True, "DROPOUT": dropout, "EVEN_C": True, "ALIGNED": True, "PRECISION": "ieee",
         "OVERLAP": False, "BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": bucket,
     }  # fmt: skip
-    return compiled(
-        lora_linear._lora_outer_kernel, types, constants, target, num_warps=warps, num_stages=stages
-    )  # fmt: skip
+    return compiled(lora_linear._lora_outer_kernel, types, constants, target, num_warps=warps, num_stages=stages)
 
 
 def reduce(size: str) -> dict[str, int]:
@@ -161,7 +159,7 @@ def reduce(size: str) -> dict[str, int]:
 
 def segments_product() -> dict[str, int]:
     block_t, block_c, block_k, warps, stages = lora_linear.PRODUCT_CONFIG
-    group = lora_linear.PRODUCT_GROUPS[0]
+    group = lora_segments.GROUP
     types = {
         "left": f"tensordesc<bf16[{block_t}, {block_k}]>", "matrix": f"tensordesc<bf16[{block_c}, {block_k}]>",
         "out": f"tensordesc<bf16[{block_t}, {block_c // 2}]>", "bias": None, "skinny": "*bf16", "updates": "*bf16",
@@ -175,6 +173,16 @@ def segments_product() -> dict[str, int]:
     }  # fmt: skip
     kernel, registers = lora_segments._segments_product_kernel, lora_linear.PRODUCT_REGISTERS
     return compiled(kernel, types, constants, num_warps=warps, num_stages=stages, maxnreg=registers)
+
+
+def segments_pack() -> dict[str, int]:
+    block_r, block_c = lora_segments.PACK_BLOCKS
+    types = {
+        "matrices": ("*fp32", "*fp32"), "outs": ("*bf16", "*bf16"), "stack": "i32 any", "columns": ("i32", "i32"),
+        "strides_r": ("i32", "1"), "strides_c": ("1", "i32 any"),
+    }  # fmt: skip
+    constants = {"BLOCK_R": block_r, "BLOCK_C": block_c}
+    return compiled(lora_segments._segments_pack_kernel, types, constants, num_warps=4)
 
 
 def segments_down(block_r: int, dropout: bool = False) -> dict[str, int]:
@@ -281,6 +289,7 @@ CASES = {
     "metrics digit cuts": lambda: metrics_cuts(diagonal_metrics._metrics_digit_cuts_kernel, 8),
     "metrics finish": lambda: metrics_cuts(diagonal_metrics._metrics_finish_kernel, 16),
     "segments product": segments_product,
+    "segments pack": segments_pack,
     "segments down 64": lambda: segments_down(64),
     "fisher per_sequence": fisher_sequence,
     "fisher per_position": fisher_position,

@@ -451,6 +451,7 @@ def test_torchs_own_encoder_layers_call_their_adapters(wrap):
     model = nn.Sequential(wrap(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)), nn.Linear(8, 8))
     shapes = {name: matrix_shape(module) for name, module in find_targets(model).items()}
     assert not [name for name in shapes if name.endswith("out_proj")]
+    before = [{**vars(module)} for module in model.modules()]
     trained(model, RankPlan.uniform(shapes, 2))
     x, padding = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
     padding[1, 3:] = True
@@ -458,6 +459,10 @@ def test_torchs_own_encoder_layers_call_their_adapters(wrap):
     with torch.no_grad():
         in_training = model[0](x, **options)
         torch.testing.assert_close(model.eval()[0](x, **options)[~padding], in_training[~padding])
+    unload(model).train()
+    for module, values in zip(model.modules(), before, strict=True):
+        for name in ("activation_relu_or_gelu", "use_nested_tensor"):
+            assert vars(module).get(name) == values.get(name)
 
 
 class TestGroups:

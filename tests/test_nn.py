@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+import sensilora.nn
 from sensilora.errors import AdapterError, RankError
 from sensilora.nn import VarRankLoRALinear
 from tests.tolerances import relative_error
@@ -333,3 +334,31 @@ def test_a_parametrised_base():
     expected = base(x)
     layer = trained(base)
     torch.testing.assert_close(layer(x), expected + x @ layer.delta_weight().T)
+
+
+def test_a_parametrised_base_is_not_merged_into():
+    layer = trained(torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)))
+    with pytest.raises(AdapterError, match="computed by a parametrisation, so there is nothing to merge into"):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_an_attentions_output_projection_is_refused():
+    with pytest.raises(AdapterError, match=r"nn\.MultiheadAttention, which reads its weight and never calls it"):
+        VarRankLoRALinear(nn.MultiheadAttention(8, 2).out_proj, 2)
+
+
+def test_accelerates_hooks_that_only_move_inputs_leave_the_layer_fused(monkeypatch):
+    hooks = pytest.importorskip("accelerate.hooks")
+    calls, lora_linear = [], sensilora.nn.lora_linear
+    monkeypatch.setattr(
+        sensilora.nn, "lora_linear", lambda *args, **kwargs: calls.append(1) or lora_linear(*args, **kwargs)
+    )
+    layer = trained(nn.Linear(8, 6))
+    x = torch.randn(5, 8)
+    expected = layer(x)
+    for offload, fused in ((False, 2), (True, 2)):
+        hooks.add_hook_to_module(layer.base_layer, hooks.AlignDevicesHook(execution_device="cpu", offload=offload))
+        torch.testing.assert_close(layer(x), expected)
+        assert len(calls) == fused
+        hooks.remove_hook_from_module(layer.base_layer)

@@ -95,20 +95,25 @@ def same_elements_dropped(outputs, layers):
 
 
 class TestGroup:
-    @pytest.mark.parametrize("alone", [False, True])
+    @pytest.mark.parametrize("alone", [None, 0, 2])
     @pytest.mark.parametrize("shared", [False, True])
     def test_one_mask_for_all_or_one_for_each(self, shared, alone):
-        layers = [adapted(6, 3, dropout=0.5), adapted(4, 2, dropout=0.5)]
+        layers = [adapted(6, 3, dropout=0.5), adapted(4, 2, dropout=0.5), adapted(5, 1, dropout=0.5)]
         for layer in layers:
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
             nn.init.ones_(layer.lora_A)
             nn.init.ones_(layer.lora_B)
-        if alone:
-            # A layer with a backward hook computes for itself.
+        if alone == 0:
+            # With a backward hook on one, each layer computes for itself.
             layers[0].register_full_backward_hook(lambda *args: None)
+        elif alone == 2:
+            # With a forward hook on it, that layer does.
+            layers[2].register_forward_hook(lambda *args: None)
         group = VarRankLoRAGroup(layers, shared_dropout_mask=shared)
-        assert same_elements_dropped(group(torch.ones(40, 8)), layers) == shared
+        outputs = group(torch.ones(40, 8))
+        assert same_elements_dropped(outputs[:2], layers[:2]) == shared
+        assert same_elements_dropped(outputs[1:], layers[1:]) == shared
         assert torch.equal(group.eval()(torch.ones(40, 8))[0], layers[0](torch.ones(40, 8)))
 
     def test_layers_that_were_unloaded(self):

@@ -501,7 +501,7 @@ def test_the_fields_of_the_config():
     assert plan.to_lora_config().exclude_modules is None
 
 
-@pytest.mark.parametrize("excluded", [None, [], ["other"], "other|.*another"])
+@pytest.mark.parametrize("excluded", [None, [], ["other"], "other|.*another", "(?i)OTHER"])
 def test_a_dropped_matrix_whose_name_ends_like_a_kept_one_stays_dropped(excluded):
     peft = pytest.importorskip("peft")
 
@@ -530,6 +530,7 @@ def test_what_a_lora_config_cannot_say():
     for field in ("r", "lora_alpha", "rank_pattern", "target_modules", "use_rslora", "layers_to_transform"):
         with pytest.raises(PlanError, match=f"{field} follows from the plan"):
             plan.to_lora_config(**{field: 1})
+    assert plan.to_lora_config(layers_to_transform=None).r == 2
 
 
 def test_importing_the_plan_loads_no_extras():

@@ -30,7 +30,7 @@ from sensilora.ops import lora_group, lora_linear, lora_segments, lora_update
 from sensilora.ops._backend import FLOATS
 from sensilora.ops._lora import autocast_dtype
 from sensilora.plan import RankPlan
-from sensilora.targets import is_quantised
+from sensilora.targets import is_quantised, is_wrapped, only_aligns_devices
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -65,7 +65,7 @@ def lora_config_from_plan(plan: RankPlan, **overrides: Any) -> LoraConfig:
     Raises:
         PlanError: every rank is 0, or an override is a field that the plan decides.
     """
-    decided = [field for field in overrides if field in _FROM_THE_PLAN]
+    decided = [field for field in _FROM_THE_PLAN if overrides.pop(field, None) is not None]
     if decided:
         raise PlanError(f"{decided[0]} follows from the plan; change the plan instead of overriding it")
     ranks = {name: rank for name, rank in plan.ranks.items() if rank > 0}
@@ -83,8 +83,8 @@ def lora_config_from_plan(plan: RankPlan, **overrides: Any) -> LoraConfig:
     if dropped:
         excluded = overrides.get("exclude_modules") or []
         if isinstance(excluded, str):
-            # As PEFT reads it: a regular expression that matches a whole name.
-            excluded = "|".join([f"(?:{excluded})", *map(re.escape, dropped)])
+            # As PEFT reads it: a regular expression that matches a whole name. Flags may stand at its beginning.
+            excluded = "|".join([excluded, *map(re.escape, dropped)])
         else:
             excluded = [*excluded, *dropped]
         overrides = {**overrides, "exclude_modules": excluded}
@@ -223,7 +223,7 @@ class _SharedInput(SharedInput):
         return super()._open(parent, args, kwargs)
 
     def compute(self, layers: Sequence[FusedLinear], x: Tensor) -> tuple[Tensor, ...] | None:
-        if len(layers) < 2 or any(_is_wrapped(layer) or not layer._is_usual(x, (), {}) for layer in layers):
+        if len(layers) < 2 or any(is_wrapped(layer) or not layer._is_usual(x, (), {}) for layer in layers):
             return None
         operands = zip(*(layer._operands(layer._adapters()) for layer in layers), strict=True)
         weights, biases, lora_As, lora_Bs, scalings, ps = operands
@@ -250,10 +250,10 @@ class _Fused:
             if name in self.lora_variant:
                 return f"adapter {name!r} is {type(self.lora_variant[name]).__name__}, a variant of LoRA"
             for factor in (self.lora_A[name], self.lora_B[name]):
-                if type(factor) is not nn.Linear or _is_wrapped(factor) or not _is_dense(factor.weight):
+                if type(factor) is not nn.Linear or is_wrapped(factor) or not _is_dense(factor.weight):
                     return "lora_A or lora_B is replaced, wrapped or sharded, or has hooks"
             dropout = self.lora_dropout[name]
-            if type(dropout) not in (nn.Dropout, nn.Identity) or _is_wrapped(dropout):
+            if type(dropout) not in (nn.Dropout, nn.Identity) or is_wrapped(dropout):
                 return f"the dropout is {type(dropout).__name__} and no plain nn.Dropout"
         return None
 
@@ -442,7 +442,7 @@ def _why_not_layer(layer: Any) -> str | None:
     quantised = type(layer).__name__ in _QUANTISED and type(layer).__module__.startswith("peft.tuners.lora.")
     if type(layer) is not Linear and not quantised and not isinstance(layer, _Fused):
         return f"{type(layer).__name__} is not PEFT's LoRA layer over nn.Linear or Conv1D"
-    if "forward" in layer.__dict__ and not _only_aligns_devices(layer):
+    if "forward" in layer.__dict__ and not only_aligns_devices(layer):
         return "the layer has a forward of its own"
     if quantised or isinstance(layer, FusedQuantised):
         return None if is_quantised(layer.base_layer) else "its base is no quantised layer itself"
@@ -456,7 +456,7 @@ def _why_not_base(base: Any) -> str | None:
         return f"the base layer is {type(base).__module__}.{type(base).__name__}, not a plain nn.Linear or Conv1D"
     if not _is_dense(base.weight):
         return f"the base layer's weight is {type(base.weight).__name__} of {base.weight.dtype}"
-    if _is_wrapped(base):
+    if is_wrapped(base):
         return "the base layer has hooks or a forward of its own"
     return None
 
@@ -464,22 +464,6 @@ def _why_not_base(base: Any) -> str | None:
 def _is_dense(weight: Any) -> bool:
     """A view of a sharded flat parameter is; a tensor of a class of its own, quantised or distributed, is not."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOATS
-
-
-def _is_wrapped(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or ("forward" in module.__dict__ and not _only_aligns_devices(module))
-    )
-
-
-def _only_aligns_devices(module: nn.Module) -> bool:
-    """Whether the module's own forward is accelerate's, which moves inputs to where the weights are and no more."""
-    return getattr(module.__dict__.get("_hf_hook"), "offload", True) is False
 
 
 @functools.lru_cache

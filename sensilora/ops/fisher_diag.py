@@ -100,10 +100,10 @@ def _per_loss_term(x: Tensor, grad_output: Tensor, lengths: Tensor | list[int] |
 def _pack(x: Tensor, grad_output: Tensor, lengths: Tensor | list[int] | None) -> tuple[Tensor, Tensor, Tensor]:
     """Bring every accepted form to packed rows and the lengths of their sequences (int64, CPU)."""
     if lengths is not None:
-        lengths = torch.as_tensor(lengths)
+        lengths = torch.as_tensor(lengths).to("cpu")
         if lengths.dim() != 1 or (lengths.numel() and (lengths.is_floating_point() or (lengths < 0).any())):
             raise ValueError("lengths must be one non-negative integer a sequence")
-        lengths = lengths.to("cpu", torch.int64)
+        lengths = lengths.to(torch.int64)
     common = torch.promote_types(x.dtype, grad_output.dtype)
     x, grad_output = x.to(common), grad_output.to(common)
     if x.dim() == 2:

@@ -123,7 +123,7 @@ class Batch:
         if "use_cache" in inspect.signature(model.forward).parameters:
             # A cache of keys and values serves generation only and would hold memory for every layer.
             self.inputs.setdefault("use_cache", False)
-        self._rows: dict[tuple[torch.Size, str], Rows | None] = {}
+        self._rows: dict[tuple[torch.Size, str, bool], Rows | None] = {}
 
     def rows(self, name: str, lead: torch.Size) -> Rows | None:
         """How rows of shape `lead` (a module input's shape without its last size) belong to the sequences.
@@ -134,20 +134,20 @@ class Batch:
         Returns:
             None if they cannot be told apart: neither N rows first, nor one row for each of the N·T positions.
         """
-        stack = _stack_read(name)
-        key = (lead, stack)
+        stack, routed = _stack_read(name), "experts" in name.split(".")
+        key = (lead, stack, routed)
         if key not in self._rows:
             streams = {"decoder": self.streams[::-1], "encoder": self._encoder_streams}.get(stack, self.streams)
-            self._rows[key] = self._divide(lead, streams)
+            self._rows[key] = self._divide(lead, streams, routed)
         return self._rows[key]
 
     @property
     def padded(self) -> bool:
         return any(stream.mask is not None for stream in self.streams)
 
-    def _divide(self, lead: torch.Size, streams: list[Stream]) -> Rows | None:
-        # All rows are a single sequence's, but with padding some may be no token's.
-        alone = self.size == 1 and (not self.padded or lead.numel() == 1)
+    def _divide(self, lead: torch.Size, streams: list[Stream], routed: bool) -> Rows | None:
+        # All rows are a single sequence's, but of those that reach an expert some may be padding.
+        alone = self.size == 1 and not (routed and self.padded)
         belong = alone or (len(lead) > 0 and lead[0] == self.size)
         if not belong and not any(stream.covers(lead) for stream in streams):
             return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 import operator
 import os
 import platform
@@ -234,12 +233,20 @@ def calibrate(
     }
     _check_arguments(estimator, mode, labels, draws, k, alpha, loss_fn, head_warmup_steps)
     _check_variant(estimator, variant, block_size, damping)
-    _check_probes(probes, min_probes, tolerance, hvp, seed)
+    _check_probes(probes, min_probes, tolerance, hvp)
+    if not -(2**63) <= seed < 2**64:
+        raise CalibrationError(f"seed must be from -2**63 to 2**64 - 1, not {seed}")
     model = unwrapped(model)
     modules = find_targets(model, targets)
     matrices = group_tied(modules)
     if estimator == "fisher":
         _check_ties(model, modules)
+    computed = [name for name, module in modules.items() if "weight" not in module._parameters]
+    if estimator == "hutchinson" and computed:
+        raise CalibrationError(
+            f"the weight of {computed[0]!r} is computed by a parametrisation, so it cannot be probed; leave it out "
+            "of targets, or choose 'fisher' or 'activation'"
+        )
     if min_expert_tokens < 1:
         raise CalibrationError(f"min_expert_tokens must be at least 1, not {min_expert_tokens}")
     holders = find_expert_stacks(model) if experts else {}
@@ -353,7 +360,8 @@ def _whole(name: str, value: int) -> int:
 
 
 def _number(name: str, value: float) -> float:
-    if not isinstance(value, numbers.Real):
+    # numpy's and 0-dimensional tensors are numbers too.
+    if isinstance(value, str) or not hasattr(value, "__float__"):
         raise CalibrationError(f"{name} must be a number, not {value!r}")
     return float(value)
 
@@ -407,9 +415,7 @@ def _check_variant(estimator: str, variant: str, block_size: int, damping: float
         raise CalibrationError(f"damping must be in (0, {MAX_DAMPING:g}], not {damping}")
 
 
-def _check_probes(probes: int, min_probes: int, tolerance: float, hvp: str, seed: int) -> None:
-    if not -(2**63) <= seed < 2**64:
-        raise CalibrationError(f"seed must be from -2**63 to 2**64 - 1, not {seed}")
+def _check_probes(probes: int, min_probes: int, tolerance: float, hvp: str) -> None:
     if not 2 <= min_probes <= probes:
         raise CalibrationError(f"min_probes={min_probes}: it must be at least 2 and at most probes={probes}")
     if not 0 <= tolerance < math.inf:
@@ -420,7 +426,8 @@ def _check_probes(probes: int, min_probes: int, tolerance: float, hvp: str, seed
 
 def _check_ties(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """No target's weight is used by a module whose part of its gradient would be missing."""
-    owners = {id(module.weight): name for name, module in modules.items()}
+    owners = {id(module._parameters.get("weight")): name for name, module in modules.items()}
+    owners.pop(id(None), None)
     watched = {id(module) for module in modules.values()}
     for name, module in model.named_modules():
         for parameter in () if id(module) in watched else module._parameters.values():

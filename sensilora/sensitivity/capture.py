@@ -83,11 +83,14 @@ def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
         options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
         if not module.gradient_checkpointing or options.get("use_reentrant", True):
             continue
+        kinds = type(module).__mro__
+        # Those above it are torch's own.
+        above = next(i for i, kind in enumerate(kinds) if kind.__name__ == "GradientCheckpointingLayer")
         try:
-            source = inspect.getsource(type(module).forward)
+            sources = [inspect.getsource(kind) for kind in kinds[:above]]
         except (OSError, TypeError):  # there is none to look into
             continue
-        if "self.training" not in source:
+        if not any("self.training" in source for source in sources):
             found.append(module)
     return found
 

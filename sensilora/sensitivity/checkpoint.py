@@ -24,7 +24,24 @@ from sensilora.targets import plain_tensors
 
 STATE_FILE = "calibration.json"
 _SUMS = "sums-*.safetensors"
-_FORMAT = 1
+_FORMAT = 2
+# What a configuration says of its file, of names and of what a forward pass returns; transformers sets some of it
+# when the model is saved or first run.
+_IGNORED_SETTINGS = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "id2label",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -69,7 +86,7 @@ class Checkpoint:
         """What fails in the block says that the state is damaged."""
         try:
             yield
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (FileNotFoundError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CalibrationError(
                 f"the checkpoint in {self.folder} is damaged ({error!r}); remove the folder to start again"
             ) from error
@@ -116,17 +133,29 @@ def identity(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name: _name_of(value) if callable(value) else value for name, value in arguments.items()}
     versions = {"sensilora": sensilora.__version__, "torch": str(torch.__version__)}
     device = next(model.parameters()).device.type
-    kind = {"model": _name_of(type(model)), "config": config_of(model)}
+    kind = {"model": type(model).__qualname__, "config": config_of(model)}
     return {**plain, **versions, "device": device, **kind, "weights": weights_of(model)}
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """The settings of a model that has transformers' configuration, but for where it was loaded from."""
+    """What the configuration of a transformers model says, as JSON holds it, but for `_IGNORED_SETTINGS`."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return {}
     settings = {**config.to_dict(), "attn_implementation": getattr(config, "_attn_implementation", None)}
-    return {str(key): value for key, value in settings.items() if key != "_name_or_path"}
+    found: dict[str, Any] = _plain_settings(settings)
+    return found
+
+
+def _plain_settings(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain_settings(entry) for key, entry in value.items() if key not in _IGNORED_SETTINGS}
+    if isinstance(value, (list, tuple)):
+        return [_plain_settings(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    # An object may print its address.
+    return value if isinstance(value, (str, int, float, type(None))) else type(value).__qualname__
 
 
 def digest(batch: object) -> str:

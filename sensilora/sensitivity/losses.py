@@ -166,8 +166,9 @@ def _of_sequences(logits: Tensor, batch: Batch, problem: str | None) -> Likeliho
         values = labels.reshape(logits.shape).to(logits.dtype)
         if not regression and not bool(((values >= 0) & (values <= 1)).all()):
             raise CalibrationError(
-                "the labels of a batch for several labels at once are probabilities, from 0 to 1, and some are not; "
-                f"{IGNORED} has no meaning there"
+                "the labels of a batch for several labels at once are probabilities, from 0 to 1, and some are not "
+                f"({IGNORED} has no meaning there); for a regression with several outputs set "
+                "config.problem_type='regression', or pass loss_fn"
             )
         return Likelihood("gaussian" if regression else "bernoulli", logits, values, sequences)
     whole = not labels.is_floating_point() and labels.dtype != torch.bool

@@ -81,10 +81,11 @@ def test_rows_in_no_order_of_one_padded_sequence_belong_to_none():
     """As an expert's, of which nobody knows which are padding."""
     mask = torch.tensor([[1, 1, 0]])
     batch = Batch({"input_ids": mask, "attention_mask": mask}, plain())
-    assert batch.rows("expert", torch.Size((2,))) is None
+    assert batch.rows("layers.0.experts.3.up", torch.Size((2,))) is None
     assert batch.rows("layer", torch.Size((3,))).count == 2
     assert batch.rows("pooled", torch.Size(())).count == 1
     assert batch.rows("pooled", torch.Size((1,))).count == 1
+    assert batch.rows("patches of an image", torch.Size((12,))).count == 12
 
 
 def test_one_row_a_sequence_is_never_padding():

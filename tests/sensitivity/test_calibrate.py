@@ -357,6 +357,17 @@ def test_tensors_made_under_inference_mode(estimator):
         calibrate(other, [batch], **arguments)
 
 
+def test_a_weight_that_a_parametrisation_computes():
+    model = Net()
+    torch.nn.utils.parametrizations.spectral_norm(model.blocks[0].up)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for estimator in ("activation", "fisher"):
+        assert calibrate(model.train(), [batch_of()], estimator=estimator, progress=False)["blocks.0.up"].trace > 0
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    with pytest.raises(CalibrationError, match=r"weight of 'blocks\.0\.up' is computed by a parametrisation"):
+        calibrate(model, [batch_of()], estimator="hutchinson", progress=False)
+
+
 def test_fisher_of_a_weight_that_is_an_embedding_too():
     class Tied(Net):
         def __init__(self):
