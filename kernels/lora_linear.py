@@ -556,9 +556,11 @@ def fitted_config(kernel: str, bucket: int, *, fp32: bool, small: bool, wgmma: b
     rows, columns, warps, stages, *rest = CONFIGS[kernel][bucket]
     if fp32 or small:
         columns, stages = max(32, columns // 2), 2
-    # Or the tile of the skinny product and that of the update would not fit the registers together.
+    # Or the tiles would not fit the registers: the operands' in fp32, or that of the update beside the product's.
     if update and fp32 and bucket >= 64:
         rows, columns, warps = 32, 32, 8
+    elif fp32 and (bucket == MAX_BLOCK_RANK or (bucket == 64 and not wgmma)):
+        rows, columns, warps = min(rows, 64), 32, 8
     elif update and not wgmma:
         rows = max(32, rows // 2)
     return rows, columns, warps, stages, *rest

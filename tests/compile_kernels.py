@@ -129,22 +129,38 @@ def outer(name: str, bucket: int, dropout: bool = False) -> dict[str, int]:
     return compiled(lora_linear._lora_outer_kernel, types, constants, num_warps=warps, num_stages=stages)
 
 
-def outer_with_update(target: GPUTarget, dtype: str, bucket: int, dropout: bool) -> dict[str, int]:
+def up(target: GPUTarget, dtype: str, bucket: int, dropout: bool) -> dict[str, int]:
+    block_t, block_c, warps, stages = lora_linear.fitted_config(
+        "up", bucket, fp32=dtype == "fp32", small=False, wgmma=target is HOPPER, update=False
+    )
+    types = {
+        "out": f"*{dtype}", "skinny": f"*{dtype}", "updates": ("*fp32",), "seed": "*i64" if dropout else None,
+        **dict.fromkeys(("rows", "columns", "skinny_stride", "stack"), "i32"), "ranks": ("i32 any",),
+        "update_strides_r": ("i32",), "update_stride_c": "1", "scale": "fp32", "threshold": "i32 any",
+    }  # fmt: skip
+    constants = {
+        "DROPOUT": dropout, "ALIGNED": True, "PRECISION": "ieee", "BLOCK_T": block_t, "BLOCK_C": block_c,
+        "BLOCK_R": bucket,
+    }  # fmt: skip
+    return compiled(lora_linear._lora_up_kernel, types, constants, target, num_warps=warps, num_stages=stages)
+
+
+def outer_alone(target: GPUTarget, dtype: str, bucket: int, dropout: bool, update: bool) -> dict[str, int]:
     name = "outer_dropout" if dropout else "outer"
     block_t, block_c, warps, stages, _ = lora_linear.fitted_config(
-        name, bucket, fp32=dtype == "fp32", small=False, wgmma=target is HOPPER, update=True
+        name, bucket, fp32=dtype == "fp32", small=False, wgmma=target is HOPPER, update=update
     )
     element = f"*{dtype}"
     types = {
         "left": element, "skinny": element, "outs": ("*fp32",), "partial": "*fp32", "matrices": ("*fp32",),
-        "grad_x": element, "seed": "*i64" if dropout else None, "ranks": ("i32 any",),
+        "grad_x": element if update else None, "seed": "*i64" if dropout else None, "ranks": ("i32 any",),
         **dict.fromkeys(("rows", "columns", "skinny_stride", "stack"), "i32"),
         **dict.fromkeys(("out_strides_r", "matrix_strides_r"), ("i32",)),
         **dict.fromkeys(("out_stride_c", "matrix_stride_c"), "1"),
         "scale": "fp32", "threshold": "i32 any", "row_tiles": "i32 any",
     }  # fmt: skip
     constants = {
-        "SPLIT": True, "UPDATE": True, "DROPOUT": dropout, "EVEN_C": True, "ALIGNED": True, "PRECISION": "ieee",
+        "SPLIT": True, "UPDATE": update, "DROPOUT": dropout, "EVEN_C": True, "ALIGNED": True, "PRECISION": "ieee",
         "OVERLAP": False, "BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": bucket,
     }  # fmt: skip
     return compiled(lora_linear._lora_outer_kernel, types, constants, target, num_warps=warps, num_stages=stages)
@@ -302,9 +318,12 @@ CASES = {
     "outer_beside 16": lambda: outer("outer_beside", 16),
     "outer_dropout_beside 16": lambda: outer("outer_dropout_beside", 16, dropout=True),
     **{
-        f"outer with update {target.arch} {dtype} {bucket} {dropout}": partial(
-            outer_with_update, target, dtype, bucket, dropout
-        )
+        f"{name} {target.arch} {dtype} {bucket} {dropout}": partial(pass_, target, dtype, bucket, dropout)
+        for name, pass_ in {
+            "up": up,
+            "outer": partial(outer_alone, update=False),
+            "outer with update": partial(outer_alone, update=True),
+        }.items()
         for target in (HOPPER, AMPERE)
         for dtype in ("bf16", "fp32")
         for bucket in (32, 128)
