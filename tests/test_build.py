@@ -170,6 +170,44 @@ def test_wheel_holds_every_module_and_data_file(packed):
 
 
 @cloned
+def test_an_installed_wheel_runs_without_the_clone(packed, tmp_path):
+    site = tmp_path / "site"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        site,
+        packed.wheel,
+    ]
+    subprocess.run(command, check=True)
+    code = (
+        "import torch, sensilora\n"
+        "from sensilora.nn import VarRankLoRALinear\n"
+        "layer = VarRankLoRALinear(torch.nn.Linear(8, 4), 2)\n"
+        "layer(torch.ones(3, 8)).sum().backward()\n"
+        "print(sensilora.__file__, layer.lora_B.grad.shape)"
+    )
+    # The clone may be on the interpreter's path by an editable install, behind this folder.
+    run = python(code, tmp_path, PYTHONPATH=str(site))
+    assert run.stdout == f"{site / 'sensilora' / '__init__.py'} torch.Size([4, 2])\n", run.stderr
+    told = subprocess.run(
+        [sys.executable, "-m", "sensilora", "doctor"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr
+    assert "lora_linear" in told.stdout
+
+
+@cloned
 def test_sdist_holds_what_is_tracked_and_builds_the_same_wheel(packed):
     assert packed.tracked - {"sensilora/kernels"} <= packed.sdist_names
     assert packed.rebuilt_names == packed.wheel_names
