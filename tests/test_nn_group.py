@@ -116,6 +116,59 @@ class TestGroup:
         assert same_elements_dropped(outputs[1:], layers[1:]) == shared
         assert torch.equal(group.eval()(torch.ones(40, 8))[0], layers[0](torch.ones(40, 8)))
 
+    @pytest.mark.parametrize("shared", [False, True])
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_checkpoints_draw_the_same_masks(self, device, use_reentrant, shared):
+        layers = [adapted(6, 3, dropout=0.4), adapted(4, 2, dropout=0.4)]
+        group = VarRankLoRAGroup(layers, shared_dropout_mask=shared).to(device)
+
+        class Whole(nn.Module):
+            def __init__(self, checkpointed):
+                super().__init__()
+                self.group, self.checkpointed = group, checkpointed
+
+            def forward(self, x):
+                run = (lambda x: checkpoint(group, x, use_reentrant=use_reentrant)) if self.checkpointed else group
+                return torch.cat(run(x), dim=-1)
+
+        x = torch.randn(9, 8, device=device)
+        assert_same(step(Whole(True), x), step(Whole(False), x))
+
+    def test_compiles_without_graph_breaks(self, device):
+        torch._dynamo.reset()
+        group = VarRankLoRAGroup([adapted(6, 3), adapted(4, 0), adapted(5, 2)]).to(device)
+        x = torch.randn(9, 8, device=device)
+        alone = lambda x: torch.cat([layer(x) for layer in group.layers], dim=-1)  # noqa: E731
+        compiled = torch.compile(lambda x: torch.cat(group(x), dim=-1), backend="aot_eager", fullgraph=True)
+        results = []
+        for function in (compiled, alone):
+            group.zero_grad()
+            y = function(x)
+            y.square().sum().backward()
+            results.append([y.detach(), *(p.grad.clone() for p in group.parameters() if p.grad is not None)])
+        assert_same(*results)
+
+    def test_autocast(self, device):
+        group = VarRankLoRAGroup([adapted(6, 3), adapted(4, 2)]).to(device)
+        x = torch.randn(9, 8, device=device)
+        exact = group(x)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            outputs = group(x)
+        for y, reference, layer in zip(outputs, exact, group.layers, strict=True):
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y.float(), reference, rtol=3e-2, atol=3e-2)
+            y.float().sum().backward(retain_graph=True)
+            assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+
+    def test_copies_are_the_same_and_independent(self):
+        group = VarRankLoRAGroup([adapted(6, 3), adapted(4, 2)], shared_dropout_mask=True)
+        x = torch.randn(9, 8)
+        for other in (copy.deepcopy(group), pickle.loads(pickle.dumps(group))):
+            assert other.shared_dropout_mask
+            assert_same(other(x), group(x))
+            nn.init.zeros_(other.layers[0].lora_B)
+            assert not torch.equal(other(x)[0], group(x)[0])
+
     def test_layers_that_were_unloaded(self):
         group = VarRankLoRAGroup([adapted(6, 3), adapted(4, 2)])
         x = torch.randn(3, 8)
