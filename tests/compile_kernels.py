@@ -112,21 +112,32 @@ def down(name: str, bucket: int, members: int, dropout: bool = False) -> dict[st
     return compiled(lora_linear._lora_down_kernel, types, constants, num_warps=warps, num_stages=stages)
 
 
-def outer(name: str, bucket: int, dropout: bool = False) -> dict[str, int]:
-    block_t, block_c, warps, stages, _ = lora_linear.CONFIGS[name][bucket]
+def outer(name: str, bucket: int, dropout: bool, target: GPUTarget, dtype: str, update: bool) -> dict[str, int]:
+    block_t, block_c, warps, stages, _ = lora_linear.fitted_config(
+        name, bucket, fp32=dtype == "fp32", small=False, wgmma=target is HOPPER, update=update
+    )
+    element = f"*{dtype}"
     types = {
-        "left": "*bf16", "skinny": "*bf16", "outs": ("*fp32",), "partial": "*fp32", "matrices": ("*fp32",),
-        "grad_x": None, "seed": "*i64" if dropout else None, "ranks": ("i32 any",),
+        "left": element, "skinny": element, "outs": ("*fp32",), "partial": "*fp32", "matrices": ("*fp32",),
+        "grad_x": element if update else None, "seed": "*i64" if dropout else None, "ranks": ("i32 any",),
         **dict.fromkeys(("rows", "columns", "skinny_stride", "stack"), "i32"),
         **dict.fromkeys(("out_strides_r", "matrix_strides_r"), ("i32",)),
         **dict.fromkeys(("out_stride_c", "matrix_stride_c"), "1"),
         "scale": "fp32", "threshold": "i32 any", "row_tiles": "i32 any",
     }  # fmt: skip
     constants = {
-        "SPLIT": True, "UPDATE": False, "DROPOUT": dropout, "EVEN_C": True, "ALIGNED": True, "PRECISION": "ieee",
-        "OVERLAP": True, "BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": bucket,
+        "SPLIT": True, "UPDATE": update, "DROPOUT": dropout, "EVEN_C": True, "ALIGNED": True, "PRECISION": "ieee",
+        "OVERLAP": name.endswith("_beside"), "BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": bucket,
     }  # fmt: skip
-    return compiled(lora_linear._lora_outer_kernel, types, constants, num_warps=warps, num_stages=stages)
+    return compiled(lora_linear._lora_outer_kernel, types, constants, target, num_warps=warps, num_stages=stages)
+
+
+def outer_beside(bucket: int, dropout: bool) -> dict[str, int]:
+    return outer("outer_dropout_beside" if dropout else "outer_beside", bucket, dropout, HOPPER, "bf16", False)
+
+
+def outer_alone(target: GPUTarget, dtype: str, bucket: int, dropout: bool, update: bool) -> dict[str, int]:
+    return outer("outer_dropout" if dropout else "outer", bucket, dropout, target, dtype, update)
 
 
 def up(target: GPUTarget, dtype: str, bucket: int, dropout: bool) -> dict[str, int]:
@@ -143,27 +154,6 @@ def up(target: GPUTarget, dtype: str, bucket: int, dropout: bool) -> dict[str, i
         "BLOCK_R": bucket,
     }  # fmt: skip
     return compiled(lora_linear._lora_up_kernel, types, constants, target, num_warps=warps, num_stages=stages)
-
-
-def outer_alone(target: GPUTarget, dtype: str, bucket: int, dropout: bool, update: bool) -> dict[str, int]:
-    name = "outer_dropout" if dropout else "outer"
-    block_t, block_c, warps, stages, _ = lora_linear.fitted_config(
-        name, bucket, fp32=dtype == "fp32", small=False, wgmma=target is HOPPER, update=update
-    )
-    element = f"*{dtype}"
-    types = {
-        "left": element, "skinny": element, "outs": ("*fp32",), "partial": "*fp32", "matrices": ("*fp32",),
-        "grad_x": element if update else None, "seed": "*i64" if dropout else None, "ranks": ("i32 any",),
-        **dict.fromkeys(("rows", "columns", "skinny_stride", "stack"), "i32"),
-        **dict.fromkeys(("out_strides_r", "matrix_strides_r"), ("i32",)),
-        **dict.fromkeys(("out_stride_c", "matrix_stride_c"), "1"),
-        "scale": "fp32", "threshold": "i32 any", "row_tiles": "i32 any",
-    }  # fmt: skip
-    constants = {
-        "SPLIT": True, "UPDATE": update, "DROPOUT": dropout, "EVEN_C": True, "ALIGNED": True, "PRECISION": "ieee",
-        "OVERLAP": False, "BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": bucket,
-    }  # fmt: skip
-    return compiled(lora_linear._lora_outer_kernel, types, constants, target, num_warps=warps, num_stages=stages)
 
 
 def reduce(size: str) -> dict[str, int]:
@@ -315,8 +305,8 @@ CASES = {
     "down_beside 16": lambda: down("down_beside", 16, 1),
     "down_dropout 16": lambda: down("down_dropout", 16, 1, dropout=True),
     "down_beside 64": lambda: down("down_beside", 64, 3),
-    "outer_beside 16": lambda: outer("outer_beside", 16),
-    "outer_dropout_beside 16": lambda: outer("outer_dropout_beside", 16, dropout=True),
+    "outer_beside 16": lambda: outer_beside(16, dropout=False),
+    "outer_dropout_beside 16": lambda: outer_beside(16, dropout=True),
     **{
         f"{name} {target.arch} {dtype} {bucket} {dropout}": partial(pass_, target, dtype, bucket, dropout)
         for name, pass_ in {
