@@ -38,8 +38,7 @@ from sensilora.kernels.lora_linear import (
 )
 
 MAX_BLOCK_RANK = 64
-# Row tiles that share their columns in L2. With more of them, the tiles whose rows have a large rank are under way
-# together, and these take longer.
+# Row tiles that share their columns in L2: eight adapters took 1.095 of one adapter's time with 8, and 1.106 with 16.
 GROUP = 8
 # Ranks that are treated as few: read in a block of their own size, and in the product fetched before a tile's sum.
 FIRST_RANKS = tl.constexpr(16)

@@ -84,7 +84,7 @@ def inject(
             either way; layers that turn out to read different inputs go on alone, and so do all under
             ``torch.inference_mode``.
         shared_dropout_mask: with `groups`, one dropout mask for the projections that are computed together, instead
-            of one for each (PEFT's way), which costs less.
+            of one for each (PEFT's way).
 
     Returns:
         `model` itself.

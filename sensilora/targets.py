@@ -83,12 +83,8 @@ def is_wrapped(module: nn.Module) -> bool:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a forward was put on the module itself, other than accelerate's where it only moves inputs."""
-    return "forward" in module.__dict__ and not only_aligns_devices(module)
-
-
-def only_aligns_devices(module: nn.Module) -> bool:
-    """Whether the module's own forward is accelerate's, which moves inputs to where the weights are and no more."""
-    return getattr(module.__dict__.get("_hf_hook"), "offload", True) is False
+    only_aligns_devices = getattr(module.__dict__.get("_hf_hook"), "offload", True) is False
+    return "forward" in module.__dict__ and not only_aligns_devices
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:

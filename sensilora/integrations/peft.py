@@ -30,7 +30,7 @@ from sensilora.ops import lora_group, lora_linear, lora_segments, lora_update
 from sensilora.ops._backend import FLOATS
 from sensilora.ops._lora import autocast_dtype
 from sensilora.plan import RankPlan
-from sensilora.targets import is_quantised, is_wrapped, only_aligns_devices
+from sensilora.targets import has_own_forward, is_quantised, is_wrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -442,7 +442,7 @@ def _why_not_layer(layer: Any) -> str | None:
     quantised = type(layer).__name__ in _QUANTISED and type(layer).__module__.startswith("peft.tuners.lora.")
     if type(layer) is not Linear and not quantised and not isinstance(layer, _Fused):
         return f"{type(layer).__name__} is not PEFT's LoRA layer over nn.Linear or Conv1D"
-    if "forward" in layer.__dict__ and not only_aligns_devices(layer):
+    if has_own_forward(layer):
         return "the layer has a forward of its own"
     if quantised or isinstance(layer, FusedQuantised):
         return None if is_quantised(layer.base_layer) else "its base is no quantised layer itself"
