@@ -11,7 +11,7 @@ inline void check_dropout(double p) {
   STD_TORCH_CHECK(p >= 0 && p <= 1, "the dropout probability must be in [0, 1], not ", p);
 }
 
-// Whether p, rounded to a multiple of 2^-16, is above zero.
+// Whether p, rounded to a multiple of 2^-15, is above zero.
 inline bool drops_any(double p) { return dropout_threshold(p) > 0; }
 
 // Where the mask's key lies: an int64 tensor of one element on x's device. Null where nothing is dropped.

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t index = int64_t{blockIdx.x} * kBlock + threadIdx.x;
   const int64_t row = index / (4 * spans), block = index % (4 * spans);
   // All lanes take part, those beyond the last row too.
-  const Kept kept = kept_columns<1>(*dropout.seed, dropout.bound, row, static_cast<uint32_t>(block));
+  const Kept kept = kept_columns<1>(*dropout.seed, dropout.thresholds, row, static_cast<uint32_t>(block));
   if (row >= rows) return;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(32 * kDownWarps, kAligned && kRanks <= (kDropo
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           if constexpr (kDropout)
-            keep(tile[s][m][half], kept_columns<1>(seed, dropout.bound, first_row + kTileRows * m + 8 * half + g,
+            keep(tile[s][m][half], kept_columns<1>(seed, dropout.thresholds, first_row + kTileRows * m + 8 * half + g,
                                                    (column + 32 * s) / 8 + t));
         add_sums_over_columns<T>(total[m], tile[s][m], operand);
       }
@@ -254,10 +254,11 @@ __device__ inline void store_by_columns(const Eight (&tile)[4], const Rows<uint1
   }
 }
 
-__device__ inline void kept_by_columns(Kept (&kept)[4], int64_t seed, uint32_t bound, int64_t first_row, int column) {
+__device__ inline void kept_by_columns(Kept (&kept)[4], int64_t seed, uint32_t thresholds, int64_t first_row,
+                                       int column) {
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    kept[i] = kept_columns<4>(seed, bound, first_row + 4 * lane_t() + i, column / 8 + lane_g());
+    kept[i] = kept_columns<4>(seed, thresholds, first_row + 4 * lane_t() + i, column / 8 + lane_g());
 }
 
 constexpr int kUpWarps = 8;
@@ -285,7 +286,7 @@ __global__ void __launch_bounds__(32 * kUpWarps, kAligned && kRanks <= 32 ? 2 : 
     Eight tile[4] = {next[0], next[1], next[2], next[3]};
     if (i + 1 < kUpTiles) load_by_columns<kAligned>(next, out, row + kTileRows, column);
     Kept kept[4];
-    if constexpr (kDropout) kept_by_columns(kept, seed, dropout.bound, row, column);
+    if constexpr (kDropout) kept_by_columns(kept, seed, dropout.thresholds, row, column);
     add_outer_product<T, kRanks, kDropout>(tile, left, row, out.rows, operand, scale, kept);
     store_by_columns<kAligned>(tile, out, row, column);
   }
@@ -475,7 +476,7 @@ __global__ void __launch_bounds__(32 * kGradAWarps, kRanks == 16 ? 3 : 2)
     ranks.load(q, kRanks, first_row, x.rows);
     Kept kept[4];
     if constexpr (kDropout) {
-      kept_by_columns(kept, seed, dropout.bound, first_row, column);
+      kept_by_columns(kept, seed, dropout.thresholds, first_row, column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) keep(tile[i], kept[i]);
     }

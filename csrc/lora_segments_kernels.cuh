@@ -211,10 +211,10 @@ struct MovingTile {
   }
 
   // Zeros in place of what dropout does not keep, where the tile begins at this row and column (a multiple of 32).
-  __device__ void drop(int64_t seed, uint32_t bound, int64_t first_row, int64_t first_column) {
+  __device__ void drop(int64_t seed, uint32_t thresholds, int64_t first_row, int64_t first_column) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)
-      part[i].keep(kept_columns<1>(seed, bound, first_row + row(i),
+      part[i].keep(kept_columns<1>(seed, thresholds, first_row + row(i),
                                    static_cast<uint32_t>((first_column + column(i)) / 8)));
   }
 
@@ -318,7 +318,7 @@ struct SegmentsPlan {
   __device__ bool drops(const Adapter& adapter) const { return seed != nullptr && adapter.threshold > 0; }
 };
 
-__device__ inline uint32_t dropout_bound(const Adapter& adapter) { return (adapter.threshold << 16) - 1; }
+__device__ inline uint32_t dropout_thresholds(const Adapter& adapter) { return pair_of_thresholds(adapter.threshold); }
 
 // --- the passes
 
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kSegmentsThreads, 3)
     for (int i = 0; i < kAhead; ++i) {
       const int64_t k = first + i * kDepth;
       if (k >= in) break;
-      if (drops) next_left[i].drop(seed, dropout_bound(adapter), stretch.first, k);
+      if (drops) next_left[i].drop(seed, dropout_thresholds(adapter), stretch.first, k);
       __syncthreads();
       next_left[i].store(left);
       next_right[i].store(right);
@@ -430,7 +430,7 @@ __global__ void __launch_bounds__(kSegmentsThreads)
     const int64_t first = column + Moving::column(i), remaining = row < stretch.rows ? columns - first : 0;
     Kept kept = {~0u, ~0u, ~0u, ~0u};
     if (drops)
-      kept = kept_columns<1>(seed, dropout_bound(adapter), stretch.first + row, static_cast<uint32_t>(first / 8));
+      kept = kept_columns<1>(seed, dropout_thresholds(adapter), stretch.first + row, static_cast<uint32_t>(first / 8));
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const Sum update = factor * c.row[row][Moving::column(i) + e];
@@ -487,7 +487,7 @@ __global__ void __launch_bounds__(kSegmentsThreads)
   int64_t at = plan.starts[owner] + split;
   if (at < end) load(at);
   for (; at < end; at += splits) {
-    if (drops) next_right.drop(seed, dropout_bound(adapter), next.first, column);
+    if (drops) next_right.drop(seed, dropout_thresholds(adapter), next.first, column);
     __syncthreads();
     next_left.store(left);
     next_right.store(right);

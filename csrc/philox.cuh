@@ -7,10 +7,13 @@ namespace sensilora {
 
 struct Dropout {
   const int64_t* seed;
-  uint32_t bound;  // 65536 * threshold - 1: what the upper 16 bits of a word exceed where the element is kept
+  uint32_t thresholds;  // the threshold, of at most 32768, in both halves of a word
 };
 
-inline Dropout make_dropout(const int64_t* seed, uint32_t threshold) { return {seed, (threshold << 16) - 1}; }
+// One for each half of a word.
+__host__ __device__ inline uint32_t pair_of_thresholds(uint32_t threshold) { return threshold * 0x00010001u; }
+
+inline Dropout make_dropout(const int64_t* seed, uint32_t threshold) { return {seed, pair_of_thresholds(threshold)}; }
 
 // One word a pair of columns, with ones in the halves of those that are kept.
 struct Kept {
@@ -34,18 +37,23 @@ __device__ inline void philox(uint32_t (&counter)[4], int64_t seed) {
   }
 }
 
+// Ones in the halves of a word whose lower 15 bits reach the threshold.
+__device__ inline uint32_t kept_halves(uint32_t word, uint32_t thresholds) {
+  // What is left of the 16th bit tells, so that the halves borrow nothing from one another.
+  return (((word | 0x80008000u) - thresholds) >> 15 & 0x00010001u) * 0xFFFFu;
+}
+
 // Which of columns 8 * block ... 8 * block + 7 of a row are kept. The whole warp calls this: four lanes that are
 // kLaneStep apart share a row and ask for the four blocks of one span of 32 columns, in the order of the lanes. A
 // Philox call serves one pair of columns in each block of the span, so each lane makes one call and they exchange.
 template <int kLaneStep>
-__device__ inline Kept kept_columns(int64_t seed, uint32_t bound, int64_t row, uint32_t block) {
+__device__ inline Kept kept_columns(int64_t seed, uint32_t thresholds, int64_t row, uint32_t block) {
   const uint64_t t = static_cast<uint64_t>(row);
   uint32_t words[4] = {block, static_cast<uint32_t>(t), static_cast<uint32_t>(t >> 32), 0};
   philox(words, seed);
   Kept kept;
 #pragma unroll
-  for (int w = 0; w < 4; ++w)
-    kept.pair[w] = ((words[w] << 16) > bound ? 0x0000FFFFu : 0u) | (words[w] > bound ? 0xFFFF0000u : 0u);
+  for (int w = 0; w < 4; ++w) kept.pair[w] = kept_halves(words[w], thresholds);
 
   // Word w of call n belongs to pair n of block w: transpose the four lanes' words.
 #pragma unroll

@@ -2,8 +2,9 @@
 // neither tiling nor threads, and forward and backward make it anew instead of storing it.
 //
 // Element (row t, column c) belongs to call n = 4 (c / 32) + c % 8 / 2. Counter (n, t low, t high, 0), key (seed low,
-// seed high). It takes 16 bits: output word c % 32 / 8, the lower half for even c, the upper for odd. So one call serves
-// what one thread holds of a tensor core's operand or accumulator. Kept where those bits >= round(p * 65536).
+// seed high). It takes the lower 15 bits of one half of output word c % 32 / 8: of the lower half for even c, of the
+// upper for odd. So one call serves what one thread holds of a tensor core's operand or accumulator. Kept where those
+// bits >= round(p * 32768).
 #pragma once
 
 #include <cmath>
@@ -35,7 +36,7 @@ SENSILORA_INLINE void philox(uint32_t* c0, uint32_t* c1, uint32_t* c2, uint32_t*
   }
 }
 
-// The 16-bit numbers of columns [8 * block, 8 * block + 128) of a row; block is a multiple of 4.
+// The 15-bit numbers of columns [8 * block, 8 * block + 128) of a row; block is a multiple of 4.
 SENSILORA_INLINE void philox_bits(uint32_t block, int64_t row, int64_t seed, uint16_t* bits) {
   uint32_t c0[kPhiloxBlocks], c1[kPhiloxBlocks], c2[kPhiloxBlocks], c3[kPhiloxBlocks];
   for (int i = 0; i < kPhiloxBlocks; ++i) {
@@ -48,14 +49,18 @@ SENSILORA_INLINE void philox_bits(uint32_t block, int64_t row, int64_t seed, uin
   for (int i = 0; i < kPhiloxBlocks; ++i) {
     const uint32_t words[4] = {c0[i], c1[i], c2[i], c3[i]};
     for (int l = 0; l < 8; ++l)
-      bits[32 * (i / 4) + 8 * (l >> 1) + 2 * (i % 4) + (l & 1)] = static_cast<uint16_t>(words[l >> 1] >> (16 * (l & 1)));
+      bits[32 * (i / 4) + 8 * (l >> 1) + 2 * (i % 4) + (l & 1)] = words[l >> 1] >> (16 * (l & 1)) & 0x7FFF;
   }
 }
 
-// round(p * 65536), half to even; 65536 drops everything.
-inline uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(std::nearbyint(p * 65536.0)); }
+constexpr uint32_t kDropoutLevels = 32768;
+
+// round(p * 32768), half to even; 32768 drops everything.
+inline uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(std::nearbyint(p * kDropoutLevels)); }
 
 // What kept elements are multiplied by.
-inline double dropout_scale(uint32_t threshold) { return threshold >= 65536 ? 0.0 : 65536.0 / (65536.0 - threshold); }
+inline double dropout_scale(uint32_t threshold) {
+  return threshold >= kDropoutLevels ? 0.0 : kDropoutLevels / (kDropoutLevels - static_cast<double>(threshold));
+}
 
 }  // namespace sensilora

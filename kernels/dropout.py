@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sensilora.kernels._common import keep_mask
+from sensilora.kernels._common import drop
 
 BLOCK_ROWS, BLOCK_COLUMNS, WARPS = 32, 128, 4
 
@@ -22,8 +22,8 @@ def _dropout_kernel(
     inside = (t < rows)[:, None] & (c < columns)[None, :]
     places = t[:, None] * columns + c[None, :]
     tile = tl.load(x + places, mask=inside, other=0.0)
-    kept = keep_mask(tl.load(seed), first_row, first_column, threshold, BLOCK_T, BLOCK_C)
-    tl.store(out + places, tl.where(kept, tile.to(tl.float32) * scale, 0.0).to(out.dtype.element_ty), mask=inside)
+    tile = drop(tile, tl.load(seed), first_row, first_column, threshold)
+    tl.store(out + places, (tile.to(tl.float32) * scale).to(out.dtype.element_ty), mask=inside)
 
 
 def launch_dropout(x: torch.Tensor, threshold: int, keep_scale: float, seed: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sensilora.kernels._common import keep_mask, multiprocessors, sum_partials
+from sensilora.kernels._common import drop, keep_mask, multiprocessors, sum_partials
 
 MAX_BLOCK_RANK = 128
 
@@ -108,8 +108,7 @@ def _lora_down_kernel(
             inside_a = inside_a & (k < in_features)[:, None]
         x_tile = tl.load(x + t[:, None] * in_features + k[None, :], mask=inside_x, other=0.0)
         if DROPOUT:
-            kept = keep_mask(key, first_row, first_k, threshold, BLOCK_T, BLOCK_K)
-            x_tile = tl.where(kept, x_tile, 0.0)
+            x_tile = drop(x_tile, key, first_row, first_k, threshold)
         a_tile = tl.load(a_rows[None, :] + k[:, None] * stride_k, mask=inside_a, other=0.0)
         total = tl.dot(x_tile, a_tile.to(x_tile.dtype), total, input_precision=PRECISION)
     h_tile = h + (split.to(tl.int64) * rows + t[:, None]) * h_stride + r[None, :]
@@ -187,9 +186,9 @@ def _add_update(
             update = tl.dot(left, (scale * right).to(dtype), update)
         if DROPOUT:
             if thresholds[i] > 0:
-                kept = keep_mask(tl.load(seeds + i), first_t, first_c, thresholds[i], BLOCK_T, BLOCK_C)
-                update = tl.where(kept, update * keep_scales[i], 0.0)
-            total += update
+                total = _add_masked(total, update, seeds + i, thresholds[i], keep_scales[i], first_t, first_c)
+            else:
+                total += update
         else:
             total = update
         first += stack
@@ -197,24 +196,30 @@ def _add_update(
 
 
 @triton.jit
-def _halves(total):
+def _add_masked(total, update, seed, threshold, keep_scale, first_t, first_c):
+    kept = keep_mask(tl.load(seed), first_t, first_c, threshold, total.shape[0], total.shape[1])
+    return tl.where(kept, tl.fma(update, keep_scale, total), total)
+
+
+@triton.jit
+def _halves(tile):
     """The left and the right half of a tile's columns."""
-    BLOCK_T: tl.constexpr = total.shape[0]
-    BLOCK_C: tl.constexpr = total.shape[1]
-    return tl.split(tl.permute(tl.reshape(total, (BLOCK_T, 2, BLOCK_C // 2)), (0, 2, 1)))
+    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _store_tile(
-    out, total, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds,
-    keep_scales,
-    rows, columns, first_t, first_c, dtype: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
-    DROPOUT: tl.constexpr, STACKS: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr, ADD: tl.constexpr,
-    PARTS: tl.constexpr,
+    out, total, left, right, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds,
+    thresholds, keep_scales, rows, columns, first_t, first_c, dtype: tl.constexpr, HAS_BIAS: tl.constexpr,
+    UPDATE: tl.constexpr, DROPOUT: tl.constexpr, STACKS: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr,
+    ADD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Store in PARTS column parts, each with its share of the update added, and with ADD what is there already.
 
     Parts take less shared memory, so that the tiles of one more stage have room, and their updates fewer registers.
+    With UPDATE it is fetched for each part. Else left right is added where they are given, under one mask.
     """
     BLOCK_C: tl.constexpr = total.shape[1]
     if PARTS == 1:
@@ -223,6 +228,8 @@ def _store_tile(
                 total, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds,
                 keep_scales, rows, columns, first_t, first_c, dtype, DROPOUT, STACKS, BLOCK_R, ALIGNED,
             )  # fmt: skip
+        elif left is not None:
+            total = _add_masked(total, tl.dot(left, right), seeds, thresholds[0], keep_scales[0], first_t, first_c)
         if HAS_BIAS:
             c = first_c + tl.arange(0, BLOCK_C)
             total += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
@@ -231,15 +238,18 @@ def _store_tile(
         out.store([first_t, first_c], total.to(out.dtype))
     else:
         low, high = _halves(total)
+        right_low, right_high = None, None
+        if right is not None:
+            right_low, right_high = _halves(right)
         _store_tile(
-            out, low, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds,
-            keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS, UPDATE, DROPOUT, STACKS, BLOCK_R, ALIGNED,
-            ADD, PARTS // 2,
+            out, low, left, right_low, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds,
+            thresholds, keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS, UPDATE, DROPOUT, STACKS,
+            BLOCK_R, ALIGNED, ADD, PARTS // 2,
         )  # fmt: skip
         _store_tile(
-            out, high, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale, seeds, thresholds,
-            keep_scales, rows, columns, first_t, first_c + BLOCK_C // 2, dtype, HAS_BIAS, UPDATE, DROPOUT, STACKS,
-            BLOCK_R, ALIGNED, ADD, PARTS // 2,
+            out, high, left, right_high, bias, skinny, skinny_stride, updates, ranks, strides_r, stride_c, scale,
+            seeds, thresholds, keep_scales, rows, columns, first_t, first_c + BLOCK_C // 2, dtype, HAS_BIAS, UPDATE,
+            DROPOUT, STACKS, BLOCK_R, ALIGNED, ADD, PARTS // 2,
         )  # fmt: skip
 
 
@@ -291,9 +301,9 @@ def _lora_product_kernel(
 
     left_i (rows, reduced_i); matrix_i (reduced_i, columns), or TRANSPOSED; skinny (rows, stack); updates stacked
     (stack, columns), with DROPOUT masked; with ADD all is added to out. UPDATE says when they are fetched: "early",
-    before the product, "late", after it, both in one block of ranks, for each of the "parts" in which the tile is
-    stored, or by TMA as a "product" more of skinny_tiles (rows, stack) and update_tiles, stored as the matrices are
-    and scaled already.
+    before the product, "late", after it, both in one block of ranks and under one mask, for each of the "parts" in
+    which the tile is stored, or by TMA as a "product" more of skinny_tiles (rows, stack) and update_tiles, stored as
+    the matrices are and scaled already.
     """
     tiles_t, tiles_c = tl.cdiv(rows, BLOCK_T), tl.cdiv(columns, BLOCK_C)
     dtype: tl.constexpr = skinny.dtype.element_ty
@@ -324,12 +334,15 @@ def _lora_product_kernel(
             left = _skinny_tile(skinny, skinny_stride, t, r, rows, stack)
         if UPDATE == "product":
             total = _accumulate(total, skinny_tiles, update_tiles, first_t, first_c, stack, TRANSPOSED, BLOCK_K)
-        elif UPDATE != "parts":
+        elif UPDATE != "parts" and not DROPOUT:
             total = tl.dot(left, (scale * right).to(dtype), total)
+        masked_left, masked_right = None, None
+        if UPDATE != "parts" and DROPOUT:
+            masked_left, masked_right = left, (scale * right).to(dtype)
         _store_tile(
-            out, total, bias, skinny, skinny_stride, updates, ranks, update_strides_r, update_stride_c, scale, seeds,
-            thresholds, keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS, UPDATE == "parts", DROPOUT,
-            STACKS, BLOCK_R, ALIGNED, ADD, PARTS,
+            out, total, masked_left, masked_right, bias, skinny, skinny_stride, updates, ranks, update_strides_r,
+            update_stride_c, scale, seeds, thresholds, keep_scales, rows, columns, first_t, first_c, dtype, HAS_BIAS,
+            UPDATE == "parts", DROPOUT, STACKS, BLOCK_R, ALIGNED, ADD, PARTS,
         )  # fmt: skip
 
 
@@ -372,8 +385,7 @@ def _lora_up_kernel(
         right = _update_tile(updates, ranks, update_strides_r, update_stride_c, r, c, columns, ALIGNED)
         update = tl.dot(left, right.to(left.dtype), update, input_precision=PRECISION)
     if DROPOUT:
-        kept = keep_mask(tl.load(seed), first_row, first_column, threshold, BLOCK_T, BLOCK_C)
-        update = tl.where(kept, update, 0.0)
+        update = drop(update, tl.load(seed), first_row, first_column, threshold)
     tl.store(tile, (base.to(tl.float32) + scale * update).to(out.dtype.element_ty), mask=inside)
 
 
@@ -443,13 +455,12 @@ def _lora_outer_kernel(
             skinny + t[:, None] * skinny_stride + r[None, :], mask=inside_t[:, None] & (r < stack)[None, :], other=0.0
         )
         if DROPOUT:
-            kept = keep_mask(key, first_row, first_c, threshold, BLOCK_T, BLOCK_C, MOVE_WORDS=True)
-            left_tile = tl.where(kept, left_tile, 0.0)
+            left_tile = drop(left_tile, key, first_row, first_c, threshold, MOVE_WORDS=True)
         total = tl.dot(tl.trans(left_tile), skinny_tile, total, input_precision=PRECISION)
         if UPDATE:
             update = tl.dot(skinny_tile, update_tile, input_precision=PRECISION)
             if DROPOUT:
-                update = tl.where(kept, update, 0.0)
+                update = drop(update, key, first_row, first_c, threshold, MOVE_WORDS=True)
             pointers = grad_x + t[:, None] * columns + c[None, :]
             base = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
             tl.store(pointers, (base + scale * update).to(dtype), mask=inside)
@@ -489,7 +500,7 @@ def _reduce_kernel(
 # enough idle multiprocessors at its end; "behind" ones wait for those with larger tiles of their own.
 CONFIGS: dict[str, dict[int, tuple[int, ...]]] = {
     "down": {16: (32, 128, 4, 4), 32: (32, 128, 4, 4), 64: (64, 128, 4, 4), 128: (32, 64, 4, 4)},
-    "down_dropout": {16: (64, 64, 4, 6), 32: (64, 64, 4, 6), 64: (64, 64, 4, 4), 128: (32, 64, 4, 4)},
+    "down_dropout": {16: (64, 128, 4, 4), 32: (64, 128, 4, 4), 64: (64, 64, 4, 4), 128: (32, 64, 4, 4)},
     "down_beside": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 32, 4, 4), 128: (32, 64, 4, 3)},
     "up": {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 4, 2)},
     "outer": {16: (64, 64, 4, 3, 4), 32: (64, 128, 4, 3, 2), 64: (128, 64, 4, 3, 2), 128: (64, 64, 4, 3, 2)},
@@ -785,7 +796,9 @@ def launch_lora_product(
     if dense:
         update = "product"
     else:
-        update = "parts" if dropout or stack > block_r else "early" if stack <= EARLY_RANK else "late"
+        update = "early" if stack <= EARLY_RANK else "late" if stack <= block_r and not dropout else "parts"
+        if stacks > 1:
+            update = "parts"
     _lora_product_kernel[(programs,)](
         *(TensorDescriptor.from_tensor(left, [block_t, block_k]) for left in lefts), *missing,
         *(TensorDescriptor.from_tensor(m.T if transposed else m, shape) for m in matrices), *missing,

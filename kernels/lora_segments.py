@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sensilora.kernels._common import keep_mask, multiprocessors
+from sensilora.kernels._common import drop, multiprocessors
 from sensilora.kernels.lora_linear import (
     PRODUCT_CONFIG,
     PRODUCT_REGISTERS,
@@ -119,8 +119,7 @@ def _down_stretch(
             inside_a = inside_a & (k < in_features)[:, None]
         x_tile = tl.load(x + t[:, None] * in_features + k[None, :], mask=inside_x, other=0.0)
         if DROPOUT:
-            kept = keep_mask(key, first_row, first_k, threshold, BLOCK_T, BLOCK_K)
-            x_tile = tl.where(kept, x_tile, 0.0)
+            x_tile = drop(x_tile, key, first_row, first_k, threshold)
         a_tile = tl.load(a_rows[None, :] + k[:, None].to(tl.int64) * stride_k, mask=inside_a, other=0.0)
         total = tl.dot(x_tile, a_tile.to(x_tile.dtype), total, input_precision=PRECISION)
     h_tile = h + t[:, None] * h_stride + r[None, :]
@@ -283,8 +282,7 @@ def _segments_up_kernel(
             update = tl.dot(left, right.to(left.dtype), update, input_precision=PRECISION)
         if DROPOUT:
             threshold = tl.load(ints + 3 * adapter + 2)
-            kept = keep_mask(tl.load(seed), first_row, first_column, threshold, BLOCK_T, BLOCK_C)
-            update = tl.where(kept, update, 0.0)
+            update = drop(update, tl.load(seed), first_row, first_column, threshold)
         scale = tl.load(scales + 2 * adapter)
         tl.store(tile, (base.to(tl.float32) + scale * update).to(out.dtype.element_ty), mask=inside)
 
@@ -329,8 +327,7 @@ def _segments_outer_kernel(
                 skinny_inside = inside_t[:, None] & (r < rank)[None, :]
                 skinny_tile = tl.load(skinny + t[:, None] * skinny_stride + r[None, :], mask=skinny_inside, other=0.0)
                 if DROPOUT:
-                    kept = keep_mask(key, first_row, first_c, threshold, BLOCK_T, BLOCK_C, MOVE_WORDS=True)
-                    left_tile = tl.where(kept, left_tile, 0.0)
+                    left_tile = drop(left_tile, key, first_row, first_c, threshold, MOVE_WORDS=True)
                 total = tl.dot(tl.trans(left_tile), skinny_tile, total, input_precision=PRECISION)
             turn += tiles
     pointers = partial + (split.to(tl.int64) * stack + (first + r)[None, :]) * columns + c[:, None]

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sensilora.kernels._common import keep_mask
+from sensilora.kernels._common import drop
 from sensilora.kernels.lora_linear import (
     _aligned,
     _bucket,
@@ -74,8 +74,7 @@ def _lora_add_kernel(
         update = tl.dot(left, right.to(left.dtype), update, input_precision=PRECISION)
     update *= scale
     if DROPOUT:
-        kept = keep_mask(tl.load(seed), first_row, first_column, threshold, BLOCK_T, BLOCK_C)
-        update = tl.where(kept, update, 0.0)
+        update = drop(update, tl.load(seed), first_row, first_column, threshold)
     if HAS_BASE:
         update += base_tile.to(tl.float32)
     tl.store(out + places, update.to(out.dtype.element_ty), mask=inside)

@@ -3,13 +3,14 @@
 Counter-based (Philox4x32-7; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, with the
 fewest rounds that pass its tests, since the rounds are what a mask costs), so the mask is never stored, does not
 depend on tiling or thread count, and is the same in forward, in backward and under checkpoint replay. One Philox
-call serves 8 columns with 16 bits each, those that one thread holds of a tensor core's operand or accumulator (four
-pairs of neighbours, 8 columns apart), so that no bit has to change threads:
+call serves 8 columns, those that one thread holds of a tensor core's operand or accumulator (four pairs of
+neighbours, 8 columns apart), so that no bit has to change threads. Each takes 15 bits of half a word: with the 16th
+set, one subtraction compares both halves, and neither borrows from the other.
 
     counter = (4 (column // 32) + column % 8 // 2, row mod 2^32, row // 2^32, 0)
     key     = (seed mod 2^32, seed // 2^32)
-    bits    = half (column % 2, low half first) of output word column % 32 // 8
-    kept    = bits >= round(65536 p);  kept values are scaled by 65536 / (65536 - round(65536 p))
+    bits    = the lower 15 of half (column % 2, low half first) of output word column % 32 // 8
+    kept    = bits >= round(32768 p);  kept values are scaled by 32768 / (32768 - round(32768 p))
 
 The scale uses the rounded probability, so the expectation is exact for every p; p = 0 and p = 1 are exact.
 """
@@ -27,11 +28,11 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 #: Columns that four Philox calls serve together: (word, call, half) in the order of columns.
 SPAN = 32
 #: Dropout probabilities are multiples of 1 / LEVELS.
-LEVELS = 65536
+LEVELS = 32768
 
 
 def threshold(p: float) -> int:
-    """Least 16-bit value that is kept."""
+    """Least 15-bit value that is kept."""
     return round(p * LEVELS)
 
 
@@ -47,7 +48,7 @@ def keep_mask(rows: int, columns: int, p: float, seed: Tensor | int, device: tor
     call = torch.arange(4 * -(-columns // SPAN), dtype=torch.int64, device=device).unsqueeze(0)
     row, call = torch.broadcast_tensors(row, call)
     words = philox((call, row & _WORD, row >> 32, torch.zeros_like(row)), seed)
-    halves = torch.stack([torch.stack((word & 0xFFFF, word >> 16), dim=-1) for word in words], dim=-2)
+    halves = torch.stack([torch.stack((word & 0x7FFF, word >> 16 & 0x7FFF), dim=-1) for word in words], dim=-2)
     # (row, span, call, word, half) to (row, span, word, call, half), which is the order of columns.
     bits = halves.unflatten(1, (-1, 4)).transpose(2, 3)
     return bits.flatten(1)[:, :columns] >= threshold(p)

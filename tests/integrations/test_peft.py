@@ -26,7 +26,7 @@ from sensilora import RankPlan
 from sensilora.adapters import shared_inputs
 from sensilora.errors import AdapterError
 from sensilora.integrations.peft import FusedLinear, fuse, unfuse, use_fused
-from sensilora.ops._dropout import keep_scale, threshold
+from sensilora.ops._dropout import LEVELS, keep_scale, threshold
 from sensilora.targets import find_targets, matrix_shape
 from tests.integrations.peft_versions import since_020, transformers_takes_peft
 from tests.tolerances import relative_error
@@ -450,7 +450,7 @@ class TestLayer:
             assert torch.equal(layer.eval()(x), scale * x)
         fused = layers[1].train()
         assert fused(x).unique().tolist() == pytest.approx([0.0, scale * keep_scale(p)], rel=1e-5)
-        assert threshold(p) / 65536 == pytest.approx(p, abs=1e-5)
+        assert threshold(p) / LEVELS == pytest.approx(p, abs=1 / LEVELS)
 
     def test_dropout_of_one_seed_repeats(self):
         _, fused = layer_pair(nn.Linear(8, 8), lora_dropout=0.5)

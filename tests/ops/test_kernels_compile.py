@@ -1,5 +1,6 @@
 """Triton kernels compiled for a Hopper GPU on any machine: what the interpreter does not see."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -31,8 +32,16 @@ def test_nothing_is_spilled_in_the_main_loops(usage):
     assert all("fp32 128 True" in name and count <= 512 for name, count in spilled.items()), spilled
 
 
-@pytest.mark.parametrize("product", ["product early 16", "product early 32", "product add 16", "segments product"])
-@pytest.mark.parametrize("beside", ["down_beside 16", "outer_beside 16"])
+@pytest.mark.parametrize(
+    ("product", "beside"),
+    [
+        *itertools.product(
+            ["product early 16", "product early 32", "product add 16", "segments product"],
+            ["down_beside 16", "outer_beside 16"],
+        ),
+        ("product dropout 16", "outer_dropout_beside 16"),
+    ],
+)
 def test_the_skinny_passes_find_room_beside_the_product(usage, product, beside):
     product, beside = usage[product], usage[beside]
     # Eight warps and four, their registers allotted in steps of 8 a thread.

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from benchmarks.harness import captured
 from sensilora.errors import BackendError
 from sensilora.ops import lora_linear, use_backend
-from sensilora.ops._dropout import keep_mask, keep_scale
+from sensilora.ops._dropout import keep_mask, keep_scale, threshold
 from sensilora.ops.lora_linear import _lora_linear, _lora_linear_backward
 from tests.tolerances import RELATIVE, relative_error
 
@@ -361,11 +361,11 @@ def test_more_elements_than_32_bits_count(name, p):
 
 def _mask_of_row(row, columns, p, seed):
     """One row of the mask, (1, columns), as `keep_mask` of all rows up to it has it last."""
-    from sensilora.ops._dropout import philox, threshold
+    from sensilora.ops._dropout import philox
 
     call = torch.arange(columns // 8)
     words = philox((call, torch.full_like(call, row), torch.zeros_like(call), torch.zeros_like(call)), seed)
-    halves = torch.stack([torch.stack((word & 0xFFFF, word >> 16), dim=-1) for word in words], dim=-2)
+    halves = torch.stack([torch.stack((word & 0x7FFF, word >> 16 & 0x7FFF), dim=-1) for word in words], dim=-2)
     return (halves.unflatten(0, (-1, 4)).transpose(1, 2).flatten()[None, :]) >= threshold(p)
 
 
@@ -374,9 +374,9 @@ def test_one_row_of_the_mask():
     assert torch.equal(_mask_of_row(40, 96, 0.3, 7), expected)
 
 
-@pytest.mark.parametrize("threshold", [0, 3277])
+@pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("sizes", [(130, 64, 48, 33), (70, 40, 24, 5), (300, 72, 136, 130)])
-def test_triton_skinny_passes_read_nothing_outside_their_inputs(device, sizes, threshold):
+def test_triton_skinny_passes_read_nothing_outside_their_inputs(device, sizes, p):
     from sensilora.kernels import lora_linear as kernels
 
     def inside_nan(*shape):
@@ -387,15 +387,15 @@ def test_triton_skinny_passes_read_nothing_outside_their_inputs(device, sizes, t
 
     rows, in_features, _, rank = sizes
     x, lora_A, q = inside_nan(rows, in_features), inside_nan(rank, in_features), inside_nan(rows, rank)
-    dropped = x.double() * keep_mask(rows, in_features, threshold / 65536, torch.tensor([3], device=device), device)
     seed = torch.tensor([3], device=device)
+    dropped = x.double() * keep_mask(rows, in_features, p, seed, device)
     h = torch.full((rows, kernels.padded(rank)), float("nan"), device=device)
-    kernels.launch_lora_down(x, [lora_A], h, 0.7, threshold, seed)
+    kernels.launch_lora_down(x, [lora_A], h, 0.7, threshold(p), seed)
     assert relative_error(h[:, :rank], 0.7 * dropped @ lora_A.double().T) <= 1e-5
     assert not h[:, rank:].any()
     grad_A = torch.full_like(lora_A, float("nan"))
     # Passed as wide as it is, without the padding that the op gives it.
-    kernels.launch_reduce(kernels.launch_lora_outer(x, q, (grad_A,), 0.7, threshold, seed))
+    kernels.launch_reduce(kernels.launch_lora_outer(x, q, (grad_A,), 0.7, threshold(p), seed))
     assert relative_error(grad_A, 0.7 * q.double().T @ dropped) <= 1e-5
 
 
@@ -422,7 +422,7 @@ def test_triton_product_of_a_group_under_the_interpreter(ranks, masks):
             low_rank *= keep_mask(rows, columns, p, seed) * keep_scale(p)
         expected += left.double() @ matrix.double() + low_rank
         first += kernels.padded(rank)
-    masked = [16384 if masks else 0] * members, [keep_scale(p)] * members, seeds
+    masked = [threshold(p)] * members, [keep_scale(p)] * members, seeds
     for stored in (matrices, [matrix.T.contiguous().T for matrix in matrices]):
         forms = [updates] if masks else [updates, kernels.dense_update(updates, 1.0, skinny, stored[0])]
         for form in forms:
