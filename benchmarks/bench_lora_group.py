@@ -90,8 +90,7 @@ def _case(device: str, tokens: int, in_features: int, members: list[tuple[int, i
         )
 
     def eager_step():
-        masks = [kept(x, p, SEED + i) for i in range(count)]
-        masks = [{"kept": mask.to(dtype) if isinstance(mask, torch.Tensor) else mask} for mask in masks]
+        masks = [{"kept": kept(x, p, SEED + i)} for i in range(count)]
         return step(each(formula, options=masks), half, upstreams)
 
     one_seed_each = [{"seed": seeds[i : i + 1]} for i in range(count)]

@@ -68,8 +68,11 @@ def addmm(x: Tensor, lora_A: Tensor, lora_B: Tensor, *, weight: Tensor, p: float
 
 
 def formula(x: Tensor, lora_A: Tensor, lora_B: Tensor, *, weight: Tensor, kept: Tensor | float) -> Tensor:
-    """The plain expression with a given dropout factor, in the dtype of its inputs: the oracle in fp64."""
-    return linear(x, weight) + SCALING * linear(linear(x * kept, lora_A), lora_B)
+    """The plain expression with a given dropout factor, in the dtype of its inputs: the oracle in fp64.
+
+    The factor is not rounded before it meets x, as in torch's own dropout.
+    """
+    return linear(x, weight) + SCALING * linear(linear((x * kept).to(x.dtype), lora_A), lora_B)
 
 
 #: PEFT as a peer: adapters in fp32, its default over a 16-bit base, and as with ``autocast_adapter_dtype=False``.

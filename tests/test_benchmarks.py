@@ -117,8 +117,9 @@ LLAMA = {
     "num_key_value_heads": 2,
     "vocab_size": 50,
 }
-# The GPU's cases at sizes for a CPU: their check passes, and every way gives results of the same shapes.
+# Cases at sizes for a test: their check passes, and every way gives results of the same shapes.
 SMALL = {
+    "layer on a CPU": lambda p: bench_lora_linear._cpu_case(48, 40, 56, 16, p, torch.bfloat16),
     "layer": lambda p: bench_lora_linear._gpu_case(48, 40, 56, 16, p, device="cpu"),
     "group": lambda p: bench_lora_group._case("cpu", 48, 40, [(32, 6), (24, 11), (40, 17)], p),
     "segments": lambda p: bench_lora_segments._case("cpu", 48, (20, 1, 11, 30), (4, 8, 3, 20)),
@@ -130,9 +131,10 @@ SMALL = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("name", SMALL)
-def test_gpu_cases_are_right_at_small_sizes(name, p):
+def test_cases_are_right_at_small_sizes(name, p):
     case = SMALL[name](p)
     errors, eager_errors = case.errors(), case.eager_errors()
+    assert len(errors) == len(eager_errors)
     assert max(errors) <= case.tolerance
     assert max(eager_errors) <= case.tolerance
     shapes = [value.shape for value in tree_leaves(case.ours())]
