@@ -166,10 +166,14 @@ def _wall_timer(function: Callable[[], Any]) -> Timer:
 
 
 _CYCLES_PER_MS = 2_000_000
+_LONGEST_QUEUE_MS = 50.0
 
 
 def _cuda_timer(function: Callable[[], Any]) -> Timer:
-    """Device time. The device is kept busy while the calls are queued, so that no launch gap counts."""
+    """Device time. The device is kept busy while the calls are queued, so that no launch gap counts.
+
+    A sample for which it was not busy long enough, as on a host that has become slower, is taken again with more.
+    """
     for call in range(3):  # the first two warm up, or the first alone if a call takes seconds
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -181,18 +185,23 @@ def _cuda_timer(function: Callable[[], Any]) -> Timer:
             break
     # Short calls are timed several together, since the clock of the events is coarse.
     repeats = max(1, min(10, int(20 / device_ms)))
-    queue_cycles = int(min(50.0, 0.1 + 1.5 * repeats * host_ms) * _CYCLES_PER_MS)
+    queue_ms = min(_LONGEST_QUEUE_MS, 0.1 + 1.5 * repeats * host_ms)
 
     def timer() -> tuple[float, float]:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(queue_cycles)
-        start.record()
-        for _ in range(repeats):
-            function()
-        end.record()
-        end.synchronize()
-        spent = start.elapsed_time(end)
-        return spent / repeats, spent
+        nonlocal queue_ms
+        while True:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(int(queue_ms * _CYCLES_PER_MS))
+            start.record()
+            for _ in range(repeats):
+                function()
+            end.record()
+            began_early = start.query()
+            end.synchronize()
+            if not began_early or queue_ms >= _LONGEST_QUEUE_MS:
+                spent = start.elapsed_time(end)
+                return spent / repeats, spent
+            queue_ms = min(2 * queue_ms, _LONGEST_QUEUE_MS)
 
     return timer
 

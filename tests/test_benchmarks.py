@@ -297,3 +297,58 @@ def test_a_captured_step_repeats_it(monkeypatch, p):
     replay = harness.captured(case.ours)
     for value, wanted in zip(replay(), case.ours(), strict=True):
         assert torch.equal(value, wanted)
+
+
+class SimulatedGPU:
+    """A host that takes `host_ms` to launch a call and a device that takes `device_ms` to run it."""
+
+    def __init__(self, monkeypatch, host_ms, device_ms):
+        self.host_ms, self.device_ms, self.now, self.free = host_ms, device_ms, 0.0, 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = max(gpu.now, gpu.free)
+
+            def query(self):
+                return gpu.now >= self.at
+
+            def synchronize(self):
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.run(cycles / 2_000_000))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.wait())
+        monkeypatch.setattr(harness.time, "perf_counter", lambda: self.now / 1e3)
+
+    def run(self, milliseconds):
+        self.free = max(self.now, self.free) + milliseconds
+
+    def wait(self):
+        self.now = max(self.now, self.free)
+
+    def call(self):
+        self.now += self.host_ms
+        self.run(self.device_ms)
+
+
+def test_a_host_that_becomes_slower_does_not_count_as_device_time(monkeypatch):
+    gpu = SimulatedGPU(monkeypatch, host_ms=0.1, device_ms=0.5)
+    timer = harness._cuda_timer(gpu.call)
+    assert timer()[0] == pytest.approx(0.5)
+    gpu.host_ms = 3.0
+    assert timer()[0] == pytest.approx(0.5)
+
+
+def test_a_call_that_takes_the_host_longest_is_timed_once(monkeypatch):
+    gpu = SimulatedGPU(monkeypatch, host_ms=300.0, device_ms=500.0)
+    timer = harness._cuda_timer(gpu.call)
+    before = gpu.now
+    assert timer()[0] >= 500.0
+    assert gpu.now - before < 1000.0
