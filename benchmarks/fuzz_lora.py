@@ -121,7 +121,8 @@ def draw(op: str, family: random.Random, rng: random.Random, device: str) -> Pro
     upstreams = [_upstream(family, normal, (*x.shape[:-1], out)).to(like.dtype) for out in out_features]
     scalings = [rng.choice([0.25, 1.0, 2.0, 0.7]) for _ in range(adapters)]
     dropped = [family.random() < 0.5 for _ in range(adapters)]
-    ps = [rng.choice([0.05, 0.05, 0.1, 0.5, 1.0]) if drop else 0.0 for drop in dropped]
+    # 3e-5 rounds to the smallest threshold, 1.
+    ps = [rng.choice([0.05, 0.05, 0.1, 0.5, 1.0, 3e-5]) if drop else 0.0 for drop in dropped]
     seeds = [rng.getrandbits(63) for _ in range(1 if op == "lora_segments" else adapters)]
     key = torch.tensor(seeds, device=device)
     text = (

@@ -172,7 +172,8 @@ _LONGEST_QUEUE_MS = 50.0
 def _cuda_timer(function: Callable[[], Any]) -> Timer:
     """Device time. The device is kept busy while the calls are queued, so that no launch gap counts.
 
-    A sample for which it was not busy long enough, as on a host that has become slower, is taken again with more.
+    A sample that began before all calls were queued, as on a host that has become slower, is taken again behind a
+    longer wait. Where the longest is too short, or a call waits for the device itself, launches count.
     """
     for call in range(3):  # the first two warm up, or the first alone if a call takes seconds
         torch.cuda.synchronize()

@@ -19,7 +19,7 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-# Triton's interpreter, which knows no inline assembly, makes another class of it.
+# Triton's interpreter, which knows no inline assembly, makes a jitted function another class.
 _INTERPRETED = tl.constexpr(not isinstance(philox, triton.JITFunction))
 
 
@@ -131,14 +131,15 @@ def _halves_in_order(h0, h1, h2, h3):
 @triton.jit
 def _kept_halves(word, threshold):
     """Whether each half of a word is kept: its lower 15 bits, at the top of a word, against the threshold there."""
-    least = tl.where(threshold >= 1 << 15, 0xFFFFFFFF, threshold.to(tl.uint32) << 17)
+    # A threshold of 1 in a tuple arrives as a Python number.
+    least = tl.where(threshold >= 1 << 15, 0xFFFFFFFF, tl.cast(threshold, tl.uint32) << 17)
     return tl.join((word << 17) >= least, (word << 1) >= least)
 
 
 @triton.jit
 def _kept_pairs(word, threshold):
     """Sixteen ones for each half of a word that is kept: where the subtraction leaves the half's upper bit."""
-    left = (word | 0x80008000) - threshold.to(tl.uint32) * 0x10001
+    left = (word | 0x80008000) - tl.cast(threshold, tl.uint32) * 0x10001
     if _INTERPRETED:
         ones = (left >> 15 & 0x10001) * 0xFFFF
         low, high = (ones & 0xFFFF).to(tl.uint16), (ones >> 16).to(tl.uint16)

@@ -197,6 +197,7 @@ def _add_update(
 
 @triton.jit
 def _add_masked(total, update, seed, threshold, keep_scale, first_t, first_c):
+    """total + keep_scale * mask∘update."""
     kept = keep_mask(tl.load(seed), first_t, first_c, threshold, total.shape[0], total.shape[1])
     return tl.where(kept, tl.fma(update, keep_scale, total), total)
 
@@ -424,7 +425,7 @@ def _lora_outer_kernel(
     """One read of left (rows, columns): out_i (columns, rank_i) = scale * drop(left)ᵀ skinny_i, for stacked skinny.
 
     With SPLIT a program's share of the rows goes to a stack of partial sums (splits, stack, columns). With UPDATE
-    also grad_x += scale * mask∘(skinny matrices), with the mask that is at hand.
+    also grad_x += scale * mask∘(skinny matrices); the compiler makes the mask once for both.
     """
     if OVERLAP:
         # No wait: q is complete, since the product before starts this launch only after its own wait for q.
@@ -796,9 +797,8 @@ def launch_lora_product(
     if dense:
         update = "product"
     else:
-        update = "early" if stack <= EARLY_RANK else "late" if stack <= block_r and not dropout else "parts"
-        if stacks > 1:
-            update = "parts"
+        fits = stacks == 1 and stack <= (EARLY_RANK if dropout else block_r)
+        update = "parts" if not fits else "early" if stack <= EARLY_RANK else "late"
     _lora_product_kernel[(programs,)](
         *(TensorDescriptor.from_tensor(left, [block_t, block_k]) for left in lefts), *missing,
         *(TensorDescriptor.from_tensor(m.T if transposed else m, shape) for m in matrices), *missing,

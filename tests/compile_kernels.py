@@ -59,7 +59,13 @@ def compiled(kernel, types: dict, constants: dict, target: GPUTarget = HOPPER, *
 
 
 def product(
-    members: int, rank_block: int, update: str, transposed: bool, dropout: bool = False, add: bool = False
+    members: int,
+    rank_block: int,
+    update: str,
+    transposed: bool,
+    dropout: bool = False,
+    add: bool = False,
+    first_threshold: str = "i32 any",
 ) -> dict[str, int]:
     block_t, block_c, block_k, warps, stages = lora_linear.PRODUCT_CONFIG
     group = lora_linear.PRODUCT_GROUPS[0]
@@ -84,7 +90,7 @@ def product(
         "update_strides_r": ("1" if transposed else "i32",) * members,
         "update_stride_c": "i32" if transposed else "1",
         "scale": "fp32",
-        "thresholds": ("i32 any",) * members,
+        "thresholds": (first_threshold, *("i32 any",) * (members - 1)),
         "keep_scales": ("fp32",) * members,
     }
     constants = {
@@ -286,6 +292,9 @@ CASES = {
     "product late 64": lambda: product(3, 64, "late", transposed=False),
     "product dense": lambda: product(1, 64, "product", transposed=True),
     "product dropout 16": lambda: product(1, 16, "early", transposed=False, dropout=True),
+    "product dropout 32": lambda: product(1, 32, "early", transposed=False, dropout=True),
+    "product dropout of 1": lambda: product(1, 16, "early", transposed=False, dropout=True, first_threshold="1"),
+    "product dropouts of 1": lambda: product(3, 16, "parts", transposed=False, dropout=True, first_threshold="1"),
     "product dropout 64": lambda: product(1, 64, "parts", transposed=False, dropout=True),
     "product dropouts 16": lambda: product(3, 16, "parts", transposed=False, dropout=True),
     "product add 16": lambda: product(1, 16, "early", transposed=False, add=True),
@@ -309,6 +318,7 @@ CASES = {
     "down_beside 64": lambda: down("down_beside", 64, 3),
     "outer_beside 16": lambda: outer_beside(16, dropout=False),
     "outer_dropout_beside 16": lambda: outer_beside(16, dropout=True),
+    "outer_dropout_beside 32": lambda: outer_beside(32, dropout=True),
     **{
         f"{name} {target.arch} {dtype} {bucket} {dropout}": partial(pass_, target, dtype, bucket, dropout)
         for name, pass_ in {

@@ -352,3 +352,15 @@ def test_a_call_that_takes_the_host_longest_is_timed_once(monkeypatch):
     before = gpu.now
     assert timer()[0] >= 500.0
     assert gpu.now - before < 1000.0
+
+
+def test_a_call_that_waits_for_the_device_is_timed(monkeypatch):
+    gpu = SimulatedGPU(monkeypatch, host_ms=0.1, device_ms=2.0)
+
+    def call():
+        gpu.call()
+        gpu.wait()
+
+    timer = harness._cuda_timer(call)
+    # It waits for the device's earlier work too, so that only the launches within count.
+    assert [timer()[0], timer()[0]] == pytest.approx([2.1, 2.1], abs=0.2)

@@ -12,7 +12,8 @@ set, one subtraction compares both halves, and neither borrows from the other.
     bits    = the lower 15 of half (column % 2, low half first) of output word column % 32 // 8
     kept    = bits >= round(32768 p);  kept values are scaled by 32768 / (32768 - round(32768 p))
 
-The scale uses the rounded probability, so the expectation is exact for every p; p = 0 and p = 1 are exact.
+The scale uses the rounded probability, so the expectation is exact for every p that does not round to 1; p = 0 and
+p = 1 are exact.
 """
 
 from __future__ import annotations

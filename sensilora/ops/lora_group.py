@@ -59,7 +59,7 @@ def lora_group(
         lora_Bs: (out_features_i, rank_i) each, any floating dtype; cast to x's.
         scalings: s_i, the effective scale (alpha / rank in PEFT's terms), each.
         dropout_ps: each member's probability of dropping an input element of its adapter, or one for all; rounded
-            to a multiple of 2⁻¹⁶.
+            to a multiple of 2⁻¹⁵.
         seeds: the masks' keys on x's device: int64 (members,), a mask for each member that is `lora_linear`'s for the
             same seed, or (1,), one mask for all, which then need one probability. None draws one for each member
             from torch's default generator of x's device.

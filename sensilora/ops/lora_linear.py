@@ -46,7 +46,7 @@ def lora_linear(
         lora_A: (rank, in_features), any floating dtype; cast to x's. rank may be 0.
         lora_B: (out_features, rank), any floating dtype; cast to x's.
         scaling: s, the effective scale (alpha / rank in PEFT's terms).
-        dropout_p: probability of dropping an input element of the adapter, rounded to a multiple of 2⁻¹⁶.
+        dropout_p: probability of dropping an input element of the adapter, rounded to a multiple of 2⁻¹⁵.
         seed: the mask's key: an int, taken modulo 2⁶⁴, or an int64 tensor of one element. None draws one from torch's
             default generator of x's device, so that ``torch.manual_seed`` and checkpoint replay repeat it.
 

@@ -63,7 +63,7 @@ def lora_segments(
         adapters: int64 (segments,) on x's device: each segment's adapter, in any order and any number of times. A
             number that is no adapter's, such as -1, stands for the base layer alone.
         dropout_ps: each adapter's probability of dropping an input element, or one for all; rounded to a multiple
-            of 2⁻¹⁶.
+            of 2⁻¹⁵.
         seed: the mask's key, as for `lora_linear`; the mask is a function of (seed, row of the whole batch, column).
 
     Returns:
