@@ -49,15 +49,8 @@ def drop(tile, seed, first_row, first_column, threshold, MOVE_WORDS: tl.constexp
     ROWS: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
     if tile.dtype.primitive_bitwidth == 16:
-        w0, w1, w2, w3 = _words(seed, first_row, first_column, ROWS, COLUMNS)
-        if MOVE_WORDS:
-            kept = _kept_pairs(_in_order(w0, w1, w2, w3), threshold)
-        else:
-            kept = _halves_in_order(
-                _kept_pairs(w0, threshold), _kept_pairs(w1, threshold), _kept_pairs(w2, threshold),
-                _kept_pairs(w3, threshold),
-            )  # fmt: skip
-        bits, kept = tile.to(tl.uint16, bitcast=True), tl.reshape(kept, (ROWS, COLUMNS))
+        kept = _keep(seed, first_row, first_column, threshold, ROWS, COLUMNS, MOVE_WORDS, True)
+        bits = tile.to(tl.uint16, bitcast=True)
         if _INTERPRETED:
             bits &= kept
         else:
@@ -66,36 +59,45 @@ def drop(tile, seed, first_row, first_column, threshold, MOVE_WORDS: tl.constexp
             )
         dropped = bits.to(tile.dtype, bitcast=True)
     else:
-        kept = keep_mask(seed, first_row, first_column, threshold, ROWS, COLUMNS, MOVE_WORDS)
+        kept = _keep(seed, first_row, first_column, threshold, ROWS, COLUMNS, MOVE_WORDS, False)
         dropped = tl.where(kept, tile, 0.0)
     return dropped
 
 
 @triton.jit
-def keep_mask(
-    seed,
-    first_row,
-    first_column,
-    threshold,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MOVE_WORDS: tl.constexpr = False,
-):
+def keep_mask(seed, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The dropout mask of a (ROWS, COLUMNS) tile as the package's reference defines it (sensilora/ops/_dropout.py).
 
     `first_column` and COLUMNS are multiples of 32: four Philox calls serve a span of 32 columns with 15 bits each.
-    In a tensor core's layout what one call gives stays in one thread. Where the mask meets another layout,
-    MOVE_WORDS moves whole words before each becomes two truth values, which takes fewer exchanges than moving those.
+    """
+    return _keep(seed, first_row, first_column, threshold, ROWS, COLUMNS, False, False)
+
+
+@triton.jit
+def _keep(
+    seed, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MOVE_WORDS: tl.constexpr,
+    ONES: tl.constexpr,
+):  # fmt: skip
+    """`keep_mask`'s truth values, or with ONES sixteen ones each, in uint16.
+
+    In a tensor core's layout what one Philox call gives stays in one thread. Where the mask meets another layout,
+    MOVE_WORDS moves whole words before each becomes two values, which takes fewer exchanges than moving those.
     """
     w0, w1, w2, w3 = _words(seed, first_row, first_column, ROWS, COLUMNS)
     if MOVE_WORDS:
-        kept = _kept_halves(_in_order(w0, w1, w2, w3), threshold)
+        kept = _kept(_in_order(w0, w1, w2, w3), threshold, ONES)
     else:
         kept = _halves_in_order(
-            _kept_halves(w0, threshold), _kept_halves(w1, threshold), _kept_halves(w2, threshold),
-            _kept_halves(w3, threshold),
+            _kept(w0, threshold, ONES), _kept(w1, threshold, ONES), _kept(w2, threshold, ONES),
+            _kept(w3, threshold, ONES),
         )  # fmt: skip
     return tl.reshape(kept, (ROWS, COLUMNS))
+
+
+@triton.jit
+def _kept(word, threshold, ONES: tl.constexpr):
+    """Both halves of each word as `_keep` gives them, in a new last dimension."""
+    return _kept_pairs(word, threshold) if ONES else _kept_halves(word, threshold)
 
 
 @triton.jit
